@@ -1,0 +1,296 @@
+"""Stage 1, capture: an `nn.Module` and the inputs of one real call become an ATen FX graph.
+
+The graph takes the call's tensors as a flat list and gives the output's tensors as a flat list; everything that is not
+a tensor is fixed in the capture and part of its `CallKey`. The batch dimension is always dynamic; whether other
+dimensions can be is for `torch.export` to find out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from ..errors import CaptureError, InputError
+from .ops import op_name
+
+#: Arguments that only choose the form of the result; every capture fixes them.
+Inputs = Mapping[str, Any] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor among the inputs: its name (the argument's, with a path if nested), and whether dim 0 is the batch."""
+
+    name: str
+    batched: bool
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """What makes two calls run the same capture: structure, constants, dtypes, device, and all sizes but the batch."""
+
+    spec: str
+    constants: str
+    tensors: tuple[tuple[torch.dtype, str, tuple[int, ...]], ...]
+
+
+@dataclass
+class Call:
+    """The arguments of one forward call, taken apart. `tensors` and `leaves` are in step."""
+
+    tensors: list[Tensor]
+    leaves: list[Leaf]
+    others: dict[int, Any]
+    spec: pytree.TreeSpec
+    batch: int
+    latents: int
+
+    @property
+    def key(self) -> CallKey:
+        tensors = tuple(
+            (t.dtype, str(t.device), (-1, *t.shape[1:]) if leaf.batched else tuple(t.shape))
+            for t, leaf in zip(self.tensors, self.leaves, strict=True)
+        )
+        return CallKey(str(self.spec), repr(sorted(self.others.items())), tensors)
+
+    def arguments(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """The keyword arguments again, with other tensors in the places of the leaves."""
+        flat: list[Any] = list(tensors)
+        for position, value in sorted(self.others.items()):
+            flat.insert(position, value)
+        arguments: dict[str, Any] = pytree.tree_unflatten(flat, self.spec)
+        return arguments
+
+
+@dataclass
+class Capture:
+    """A dense FX graph of one call: placeholders in the order of `leaves`, one flat tuple of tensors as output."""
+
+    graph_module: fx.GraphModule
+    leaves: list[Leaf]
+    latents: int
+    batch: int
+    output_spec: pytree.TreeSpec
+    notes: list[str] = field(default_factory=list)
+
+
+def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """Flatten the arguments of `model.forward(*args, **kwargs)`.
+
+    Raises:
+        InputError: the arguments do not fit the signature, or hold no tensor of rank 3 or more.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit {type(model).__name__}.forward: {error}; its parameters are "
+            f"{', '.join(signature.parameters)}"
+        ) from None
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise InputError(f"{type(model).__name__}.forward takes *{name}: pass its inputs by keyword")
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL and value is not None:
+            arguments[name] = value
+    flat, spec = pytree.tree_flatten_with_path(arguments)
+    tensors = [value for _, value in flat if isinstance(value, Tensor)]
+    names = [_path_name(path) for path, value in flat if isinstance(value, Tensor)]
+    others = {i: value for i, (_, value) in enumerate(flat) if not isinstance(value, Tensor)}
+    streams = [i for i, t in enumerate(tensors) if t.dim() >= 3 and t.is_floating_point()]
+    if not streams:
+        given = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True)) or "no tensor at all"
+        raise InputError(
+            f"{type(model).__name__} was called without a floating-point tensor of rank 3 or more (latents or tokens); "
+            f"there was {given}"
+        )
+    latents = streams[0]
+    batch = tensors[latents].shape[0]
+    leaves = [
+        Leaf(name, t.dim() > 0 and t.shape[0] == batch and (t.dim() == 1 or i == latents or _may_be_batched(t, tensors)))
+        for i, (name, t) in enumerate(zip(names, tensors, strict=True))
+    ]
+    return Call(tensors, leaves, others, spec, batch, latents)
+
+
+def _may_be_batched(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
+    # Position ids of rank 2 ([tokens, axes]) have the batch size as their first size only by accident.
+    tokens = {size for t in tensors if t.dim() >= 3 for size in t.shape[1:-1]}
+    return not (tensor.dim() == 2 and tensor.shape[0] in tokens and tensor.shape[1] <= 4)
+
+
+def capture(model: nn.Module, call: Call) -> Capture:
+    """Export `model` for calls like `call`, with a dynamic batch.
+
+    The model is exported as it is (shared weights, not copied) and left unchanged. `torch.export` first runs without
+    tracing Python bytecode (the more tolerant way), then with it.
+
+    Raises:
+        CaptureError: names the operation and the source line of the model that `torch.export` stopped at.
+    """
+    adapter = _Adapter(model, call)
+    examples = _spread_batch(call)
+    dynamic = [{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves]
+    failures: list[Exception] = []
+    for shapes, strict, note in (
+        (dynamic, False, ""),
+        (dynamic, True, ""),
+        (None, False, "the batch size is fixed: the model does not allow a dynamic one"),
+    ):
+        inputs = examples if shapes is not None else call.tensors
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(
+                    adapter, tuple(inputs), dynamic_shapes=None if shapes is None else (tuple(shapes),), strict=strict
+                )
+                if _has_mutation(program.graph):
+                    program = program.run_decompositions({})
+        except Exception as error:  # torch.export raises errors of many classes
+            failures.append(error)
+            continue
+        graph_module = program.module(check_guards=False)
+        assert isinstance(graph_module, fx.GraphModule)
+        _tidy(graph_module)
+        return Capture(
+            graph_module, call.leaves, call.latents, call.batch, adapter.output_spec, notes=[note] if note else []
+        )
+    raise CaptureError(_explain(model, failures[0]))
+
+
+class _Adapter(nn.Module):
+    """Takes a flat list of tensors and gives a flat list of tensors, whatever the model's signature is."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+        self._seen = _Seen()
+
+    def forward(self, *tensors: Tensor) -> list[Any]:
+        output = self.model(**self._call.arguments(tensors))
+        flat, spec = pytree.tree_flatten(output)
+        self._seen.output_spec = spec
+        return flat
+
+    @property
+    def output_spec(self) -> pytree.TreeSpec:
+        assert self._seen.output_spec is not None
+        return self._seen.output_spec
+
+
+class _Seen:
+    """What the traced forward leaves behind; opaque to torch.export, which restores a module's own attributes."""
+
+    output_spec: pytree.TreeSpec | None = None
+
+
+def _spread_batch(call: Call) -> list[Tensor]:
+    """Example tensors whose batch is a size that `torch.export` does not specialise on (not 0 or 1)."""
+    if call.batch > 1:
+        return list(call.tensors)
+    return [
+        torch.cat([t, t]) if leaf.batched else t for t, leaf in zip(call.tensors, call.leaves, strict=True)
+    ]
+
+
+def _has_mutation(graph: fx.Graph) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in graph.nodes
+        if node.op == "call_function"
+    )
+
+
+def _tidy(graph_module: fx.GraphModule) -> None:
+    """Plain placeholders and one tuple as output; assertions about metadata and shapes removed."""
+    graph = graph_module.graph
+    for node in reversed(list(graph.nodes)):
+        is_check = op_name(node) in ("aten::_assert_tensor_metadata", "aten::_assert_scalar") or (
+            node.op == "call_module" and not node.users
+        )
+        if is_check:
+            graph.erase_node(node)
+    _sizes_from_placeholders(graph)
+    graph.set_codegen(fx.graph.CodeGen())
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _sizes_from_placeholders(graph: fx.Graph) -> None:
+    """Compute every dynamic size from the sizes of placeholders, so that no size ties a branch to what is around it."""
+    symbols: dict[sympy.Symbol, fx.Node] = {}
+    last = None
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            last = node
+    if last is None:
+        return
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol) and size.node.expr not in symbols:
+                with graph.inserting_after(last):
+                    known = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
+                    known.meta["val"] = size
+                symbols[size.node.expr] = known
+    known_nodes = set(symbols.values())
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or node in known_nodes or not isinstance(value, torch.SymInt):
+            continue
+        with graph.inserting_before(node):
+            rebuilt = size_node(graph, value.node.expr, symbols)
+        if rebuilt is not None:
+            rebuilt.meta.setdefault("val", value)
+            node.replace_all_uses_with(rebuilt)
+
+
+def size_node(graph: fx.Graph, expression: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node | None:
+    """Nodes that compute `expression` from the nodes of its symbols, or None if one is unknown or nothing is dynamic."""
+    if not expression.free_symbols or any(symbol not in symbols for symbol in expression.free_symbols):
+        return None
+    environment = {symbol: fx.Proxy(symbols[symbol]) for symbol in expression.free_symbols}
+    result = sympy_interp(PythonReferenceAnalysis, environment, expression)
+    return result.node if isinstance(result, fx.Proxy) else None
+
+
+def _path_name(path: Any) -> str:
+    parts = []
+    for entry in path:
+        key = getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
+        parts.append(str(key))
+    return ".".join(parts)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """One line: what stopped `torch.export`, at which line of the model's source."""
+    where = ""
+    trace = error.__traceback__
+    while trace is not None:
+        filename = trace.tb_frame.f_code.co_filename
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not isinstance(owner, _Adapter) and f"torch{'/'}" not in filename:
+            where = f" in {type(owner).__name__} at {filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    return (
+        f"torch.export cannot capture {type(model).__name__}{where}: {reason[:300]}; "
+        f"the model was left as it is (make that line traceable, or pass other example inputs)"
+    )

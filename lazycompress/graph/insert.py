@@ -1,0 +1,211 @@
+"""Stage 3, insert: captured graph and branches become the flat lazy graph.
+
+The flat graph computes every branch and then selects; it is the reference that every lowered and exported form must
+equal, and the form that quantization works on. Its placeholders, in order: the model's tensors, `lazy_threshold`,
+`past_timestep` [batch], `past_prints` [batch, k], and one cache per stream of each branch. Its outputs, one flat tuple: the
+model's outputs, then the state for the next call in the same order, then `lazy` [branches, batch].
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import InputError, LocateError
+from ..gate import Gates
+from .capture import Capture, Leaf
+from .locate import Branch
+from .ops import size_hint
+
+_ops = torch.ops.lazycompress
+
+#: Argument names that diffusion models give to the position in the denoising process.
+_TIMESTEP = re.compile(r"(^|[._])(time_?steps?|t|time|times|sigmas?|noise_labels?|noise_levels?|t_emb_in)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor that a call leaves for the next: name, sizes (-1 is the batch, or `scale` times it), dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+    scale: int = 1
+
+    def fresh(self, batch: int, device: torch.device) -> Tensor:
+        """The state before the first step of an image."""
+        shape = [batch * self.scale if size == -1 else size for size in self.shape]
+        return torch.full(shape, self.fill, dtype=self.dtype, device=device)
+
+
+@dataclass
+class LazyGraph:
+    """A graph with gates: flat after `insert`, lowered after `lower`; the calling convention is the same."""
+
+    graph_module: fx.GraphModule
+    leaves: list[Leaf]
+    state: list[StateSpec]
+    branches: list[Branch]
+    outputs: int
+    latents: int
+    timestep: int
+    conditions: list[int]
+    dynamic_batch: bool
+
+
+def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = None) -> int:
+    """The position of the timestep among the inputs.
+
+    Raises:
+        InputError: none of the inputs, or none of rank 0 to 2, goes by a name that timesteps have.
+    """
+    names = [leaf.name for leaf in leaves]
+    if name is not None:
+        if name not in names:
+            raise InputError(f"recipe key timestep_input: no input is called {name!r}; there are {', '.join(names)}")
+        return names.index(name)
+    for i, (leaf, tensor) in enumerate(zip(leaves, tensors, strict=True)):
+        if _TIMESTEP.search(leaf.name) and tensor.dim() <= 2:
+            return i
+    raise InputError(
+        f"none of the inputs {', '.join(names)} looks like the timestep: name it with the recipe key timestep_input"
+    )
+
+
+def find_conditions(leaves: list[Leaf], tensors: list[Tensor], latents: int, timestep: int) -> list[int]:
+    """Inputs that stay the same while one image is sampled: a change of any of them begins a new image."""
+    return [
+        i
+        for i, (leaf, t) in enumerate(zip(leaves, tensors, strict=True))
+        if i not in (latents, timestep) and leaf.batched and (t.dim() >= 2 or not t.is_floating_point())
+    ]
+
+
+def insert_gates(
+    captured: Capture, branches: list[Branch], gates: Gates, timestep: int, conditions: list[int]
+) -> LazyGraph:
+    """Build the flat lazy graph; the capture is left as it is, weights and gates are shared with it."""
+    source = captured.graph_module.graph
+    placeholders = [node for node in source.nodes if node.op == "placeholder"]
+    batch = placeholders[captured.latents].meta["val"].shape[0]
+    state = [
+        StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never),
+        StateSpec("past_prints", (-1, max(1, 2 * len(conditions))), torch.float32),
+    ]
+    for i, branch in enumerate(branches):
+        state += [cache_spec(f"past_{i}_{s}", node, batch) for s, node in enumerate(branch.exits)]
+
+    graph = fx.Graph()
+    public: dict[fx.Node, fx.Node] = {node: graph.node_copy(node) for node in placeholders}
+    threshold = graph.placeholder("lazy_threshold")
+    past = [graph.placeholder(spec.name) for spec in state]
+    latents = public[placeholders[captured.latents]]
+    grid, direction, bias = (graph.get_attr(f"lazy_gates.{name}") for name in ("grid", "direction", "bias"))
+    time = graph.call_function(_ops.timestep_per_sample, (public[placeholders[timestep]], latents))
+    prints = graph.call_function(_ops.fingerprint, ([public[placeholders[c]] for c in conditions], latents))
+    valid = graph.call_function(_ops.valid, (time, past[0], prints, past[1], direction))
+    hats = graph.call_function(_ops.hat, (time, grid))
+
+    # Inside a branch its own values are read as they are; outside, its exits are read as selected.
+    inside: list[dict[fx.Node, fx.Node]] = [{} for _ in branches]
+    owner = {node: i for i, branch in enumerate(branches) for node in branch.nodes}
+    entries: dict[fx.Node, list[tuple[int, int]]] = {}
+    for i, branch in enumerate(branches):
+        for position, stream in enumerate(branch.streams):
+            entries.setdefault(stream.entry, []).append((i, position))
+    caches = iter(past[2:])
+    cache_of = {(i, node): next(caches) for i, branch in enumerate(branches) for node in branch.exits}
+    lazies: dict[int, fx.Node] = {}
+    chosen: dict[tuple[int, fx.Node], fx.Node] = {}
+
+    def read(node: fx.Node, reader: fx.Node) -> fx.Node | None:
+        i = owner.get(reader)
+        if i is not None and node in inside[i]:
+            return inside[i][node]
+        return public.get(node)
+
+    def enter(node: fx.Node) -> None:
+        for i, position in entries.get(node, ()):
+            mark = graph.call_function(_ops.enter, (public[node], i, position))
+            mark.meta = dict(node.meta)
+            inside[i][node] = mark
+
+    def leave(i: int, node: fx.Node) -> bool:
+        branch = branches[i]
+        if any(stream.entry not in inside[i] for stream in branch.streams):
+            return False
+        if i not in lazies:
+            marks = [inside[i][stream.entry] for stream in branch.streams]
+            dims = [stream.channel_dim for stream in branch.streams]
+            weight = graph.get_attr(f"lazy_gates.weights.{i}")
+            row = graph.call_function(torch.ops.aten.select.int, (bias, 0, i))
+            score = graph.call_function(_ops.score, (marks, dims, hats, weight, row))
+            lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
+        select = graph.call_function(_ops.select, (inside[i][node], cache_of[i, node], lazies[i]))
+        select.meta = dict(node.meta)
+        public[node] = chosen[i, node] = select
+        enter(node)
+        return True
+
+    for node in placeholders:
+        enter(node)
+    waiting = [node for node in source.nodes if node.op not in ("placeholder", "output")]
+    pending: list[tuple[int, fx.Node]] = []
+    while waiting or pending:
+        left: list[fx.Node] = []
+        for node in waiting:
+            if any(read(used, node) is None for used in node.all_input_nodes):
+                left.append(node)
+                continue
+            copied = graph.node_copy(node, lambda used, node=node: read(used, node))
+            i = owner.get(node)
+            if i is None:
+                public[node] = copied
+                enter(node)
+            else:
+                inside[i][node] = copied
+                if node in branches[i].exits:
+                    pending.append((i, node))
+            pending = [item for item in pending if not leave(*item)]
+        if len(left) == len(waiting):
+            stuck = sorted({branches[i].name for i, _ in pending})
+            raise LocateError(f"branches {', '.join(stuck)} wait for each other: their streams cannot share one gate")
+        waiting = left
+
+    output = next(node for node in source.nodes if node.op == "output")
+    results = list(output.args[0])
+    stacked = graph.call_function(torch.ops.aten.stack.default, ([lazies[i] for i in range(len(branches))], 0))
+    present = [time, prints, *(chosen[key] for key in cache_of)]
+    graph.output((*(public[r] if isinstance(r, fx.Node) else r for r in results), *present, stacked))
+    graph.lint()
+    module = fx.GraphModule(_Root(captured.graph_module, gates), graph)
+    return LazyGraph(
+        module, captured.leaves, state, branches, len(results), captured.latents, timestep, conditions,
+        dynamic_batch=isinstance(batch, torch.SymInt),
+    )  # fmt: skip
+
+
+class _Root(nn.Module):
+    """The capture's parameters and buffers under their names, and the gates beside them."""
+
+    def __init__(self, weights: nn.Module, gates: Gates) -> None:
+        super().__init__()
+        self.__dict__["_modules"] = {**weights._modules, "lazy_gates": gates}
+        self.__dict__["_parameters"] = dict(weights._parameters)
+        self.__dict__["_buffers"] = dict(weights._buffers)
+        for name, value in vars(weights).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value)
+
+
+def cache_spec(name: str, node: fx.Node, batch: int | torch.SymInt) -> StateSpec:
+    """The state that holds the value of `node`, whose first dimension is the batch or a multiple of it."""
+    value = node.meta["val"]
+    scale, rest = divmod(size_hint(value.shape[0]), size_hint(batch))
+    if rest or scale == 0:
+        raise LocateError(f"the first dimension of {node.name} {list(value.shape)} is not the batch or a multiple of it")
+    return StateSpec(name, (-1, *(size_hint(s) for s in value.shape[1:])), value.dtype, scale=scale)

@@ -1,0 +1,406 @@
+"""Stage 2, locate: the branches of a Diffusion Transformer, found in its graph by their shape alone.
+
+The rules, in the order in which they run:
+
+1. A *join* is `add(p, r)` (or `addcmul`) of rank 3 or more, in which `p` is the residual stream `x`, seen through casts,
+   dropout, and scales, and `x` is an ancestor of `r`. In `x + f(x) + g(x)` the second join reaches `x` through the first.
+2. The *region* of a join is what lies between `x` and `r`. If it holds a whole inner join, only what follows the
+   last inner join counts (a block whose second residual reaches back to its input).
+3. A region is a branch if it holds attention, or at least two heavy operators one after the other.
+4. Branches that share a heavy operator are one branch with several streams (joint attention, one MLP on joined tokens).
+5. The cheap ends are trimmed: norm and modulation at the front, gate, norm and rescaling at the back. What is left goes
+   from one value `Z` per stream to one value `Y` per stream: the gate reads `Z`, the cache holds `Y`.
+
+Everything is a set of node indices in topological order; ancestors are bit sets (one Python int a node).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ..errors import LocateError
+from .ops import CHEAP, HEAVY, JOINS, NONLINEAR, SEE_THROUGH, is_heavy, macs_of, op_name, rank_of, shape_of
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One residual stream through a branch: the value `entry` that the gate reads, the value `exit` that is cached.
+
+    `channel_dim` is the dimension of `entry` that holds the channels: the last one of tokens, 1 of feature maps.
+    """
+
+    entry: fx.Node
+    exit: fx.Node
+    channel_dim: int
+
+    @property
+    def width(self) -> int:
+        return (shape_of(self.entry) or [1])[self.channel_dim]
+
+
+@dataclass
+class Branch:
+    """A part of the model that can reuse its last output.
+
+    Attributes:
+        name: module path that the branch's heavy operators share, made unique.
+        kind: "attention", "cross-attention", "joint-attention", "mlp" or "parallel" (attention and MLP in one).
+        macs: multiply-accumulates per sample, attention products included.
+        streams: one or more residual streams (joint attention has several).
+        escapes: values made inside that something outside reads as well; they are cached like the exits.
+        nodes: what is not executed when the branch reuses, in topological order.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    streams: list[Stream]
+    escapes: list[fx.Node] = field(repr=False)
+    nodes: list[fx.Node] = field(repr=False)
+
+    @property
+    def exits(self) -> list[fx.Node]:
+        """Every value that is cached: one per stream, then the escapes."""
+        return [stream.exit for stream in self.streams] + self.escapes
+
+    @property
+    def width(self) -> int:
+        """Channels of all streams together: the length of the gate's weight vector."""
+        return sum(stream.width for stream in self.streams)
+
+
+@dataclass
+class _Join:
+    stream: int
+    residual: int
+    output: int
+    region: set[int]
+
+
+class _Index:
+    """Nodes by number, their ancestors as bit sets."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.number = {node: i for i, node in enumerate(self.nodes)}
+        self.inputs = [[self.number[n] for n in node.all_input_nodes] for node in self.nodes]
+        self.users: list[list[int]] = [[] for _ in self.nodes]
+        self.ancestors: list[int] = []
+        self.depends_on_input: list[bool] = []
+        for i, node in enumerate(self.nodes):
+            bits = 1 << i
+            live = node.op == "placeholder"
+            for j in self.inputs[i]:
+                bits |= self.ancestors[j]
+                live |= self.depends_on_input[j]
+                self.users[j].append(i)
+            self.ancestors.append(bits)
+            self.depends_on_input.append(live)
+        self.heavy = [is_heavy(node) for node in self.nodes]
+        self.names = [op_name(node) for node in self.nodes]
+
+    def is_tensor(self, i: int) -> bool:
+        """Whether the value is a tensor or a list of them, not a size."""
+        value = self.nodes[i].meta.get("val")
+        return isinstance(value, torch.Tensor | list | tuple)
+
+    def is_ancestor(self, a: int, b: int) -> bool:
+        return a < b and bool(self.ancestors[b] >> a & 1)
+
+    def between(self, sources: Iterable[int], sinks: Iterable[int]) -> set[int]:
+        """Nodes on a path from a source to a sink, sinks included, sources not."""
+        sources, sinks = set(sources), set(sinks)
+        first, last = min(sources), max(sinks)
+        down: set[int] = set(sources)
+        for i in range(first + 1, last + 1):
+            if i not in down and any(j in down for j in self.inputs[i]):
+                down.add(i)
+        up: set[int] = set(sinks)
+        for i in range(last, first, -1):
+            if i in up:
+                up.update(j for j in self.inputs[i] if j > first)
+        return (down & up) - sources | (sinks & down)
+
+
+def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
+    """Find the branches of a captured graph, in the order in which they run.
+
+    Args:
+        graph: ATen graph with `meta["val"]` on its nodes; it is not changed.
+        batch: batch size at capture, by which MACs are divided.
+
+    Raises:
+        LocateError: no residual branch with attention was found; says what there was.
+    """
+    index = _Index(graph)
+    joins = _find_joins(index)
+    groups = _merge_shared(index, [join for join in joins if _is_substantial(index, join.region)])
+    cuts = sorted((_cut(index, group) for group in groups), key=lambda cut: cut.exits[0])
+    cuts = [cut for cut in cuts if any(index.heavy[i] for i in cut.core)]
+    taken = set().union(*(cut.core for cut in cuts)) if cuts else set()
+    for cut in cuts:
+        cut.core |= _only_used_by(index, cut, taken)
+    branches = [_make_branch(index, cut, batch) for cut in cuts]
+    if not any(branch.kind != "mlp" for branch in branches):
+        heavy = sum(index.heavy)
+        raise LocateError(
+            "no Diffusion Transformer here: looked for residual joins x + f(x) on tokens (rank 3 or more) with attention "
+            f"in f; found {len(joins)} residual joins, {len(branches)} of them with two or more matmuls or convolutions, "
+            f"none with attention, among {len(index.nodes)} operations ({heavy} matmuls, convolutions or attentions)"
+        )
+    _name_apart(branches)
+    return branches
+
+
+def _find_joins(index: _Index) -> list[_Join]:
+    joins: list[_Join] = []
+    outputs: dict[int, _Join] = {}
+    for i, node in enumerate(index.nodes):
+        if index.names[i] not in JOINS or rank_of(node) < 3:
+            continue
+        operands = [index.number[a] for a in node.args[:3] if isinstance(a, fx.Node)]
+        if index.names[i] == "aten::addcmul":
+            pairs = [(operands[0], operands[1]), (operands[0], operands[2])]
+        elif len(operands) == 2 or index.names[i] == "aten::lerp":
+            pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
+        else:
+            continue
+        best: _Join | None = None
+        for carrier, residual in pairs:
+            stream = _stream_of(index, carrier, residual, outputs)
+            if stream is None or rank_of(index.nodes[residual]) < 3:
+                continue
+            if best is None or stream > best.stream:
+                best = _Join(stream, residual, i, set())
+        if best is None:
+            continue
+        region = index.between([best.stream], [best.residual])
+        inner = [j for j in joins if j.output in region and j.stream >= best.stream and any(map(index.heavy.__getitem__, j.region))]
+        if inner:
+            last = max(join.output for join in inner)
+            region = index.between([last], [best.residual]) if index.is_ancestor(last, best.residual) else set()
+            best.stream = last
+        if not any(index.heavy[j] for j in region):
+            continue
+        best.region = region
+        joins.append(best)
+        outputs[i] = best
+    return joins
+
+
+def _stream_of(index: _Index, carrier: int, residual: int, joins: dict[int, _Join]) -> int | None:
+    """The residual stream that `carrier` carries past `residual`, or None."""
+    node = carrier
+    while True:
+        if index.is_ancestor(node, residual):
+            return node if rank_of(index.nodes[node]) >= 3 else None
+        if node in joins:  # x + f(x) + g(x): look past the first join
+            node = joins[node].stream
+            continue
+        live = [j for j in index.inputs[node] if index.depends_on_input[j]]
+        if index.names[node] in SEE_THROUGH and live:
+            node = live[0]
+        elif index.names[node] in ("aten::mul", "aten::div"):
+            tokens = [j for j in live if rank_of(index.nodes[j]) >= 3]
+            wide = [j for j in tokens if shape_of(index.nodes[j]) == shape_of(index.nodes[node])]
+            if len(wide) != 1:
+                return None
+            node = wide[0]
+        else:
+            return None
+
+
+def _is_product_of_activations(index: _Index, i: int) -> bool:
+    if index.names[i] == "aten::scaled_dot_product_attention":
+        return True
+    if index.names[i] not in ("aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum"):
+        return False
+    return sum(index.depends_on_input[j] for j in index.inputs[i]) >= 2
+
+
+def _is_substantial(index: _Index, region: set[int]) -> bool:
+    """Rule 3: attention, or two heavy operators in a chain."""
+    depth: dict[int, int] = {}
+    for i in sorted(region):
+        if _is_product_of_activations(index, i):
+            return True
+        depth[i] = max((depth.get(j, 0) for j in index.inputs[i]), default=0) + index.heavy[i]
+        if depth[i] >= 2:
+            return True
+    return False
+
+
+def _merge_shared(index: _Index, joins: list[_Join]) -> list[list[_Join]]:
+    owner: dict[int, int] = {}
+    parent = list(range(len(joins)))
+
+    def root(k: int) -> int:
+        while parent[k] != k:
+            k = parent[k]
+        return k
+
+    for k, join in enumerate(joins):
+        for i in join.region:
+            if index.heavy[i]:
+                if i in owner:
+                    parent[root(k)] = root(owner[i])
+                else:
+                    owner[i] = k
+    groups: dict[int, list[_Join]] = {}
+    for k, join in enumerate(joins):
+        groups.setdefault(root(k), []).append(join)
+    return list(groups.values())
+
+
+@dataclass
+class _Cut:
+    """A branch as node numbers: entries and exits per stream, and what lies between."""
+
+    entries: list[int]
+    exits: list[int]
+    core: set[int]
+
+
+def _cut(index: _Index, joins: list[_Join]) -> _Cut:
+    region = index.between([j.stream for j in joins], [j.residual for j in joins])
+    exits = [_trim_back(index, join.residual, region) for join in joins]
+    entries = [_trim_front(index, join.stream, region) for join in joins]
+    core = index.between(entries, exits)
+    core = {i for i in core if index.is_tensor(i)}
+    # One part of a list made outside (chunk, split) is taken outside too: an operand is a tensor.
+    parts = {i for i in core if index.names[i] == "getitem" and index.inputs[i][0] not in core}
+    return _Cut(entries, exits, core - parts)
+
+
+def _make_branch(index: _Index, cut: _Cut, batch: int) -> Branch:
+    core, nodes = cut.core, index.nodes
+    heavy = [i for i in sorted(core) if index.heavy[i]]
+    escapes = [
+        nodes[i] for i in sorted(core - set(cut.exits)) if any(u not in core for u in index.users[i]) and rank_of(nodes[i]) >= 0
+    ]
+    streams = [Stream(nodes[z], nodes[y], _channel_dim(index, z, core)) for z, y in zip(cut.entries, cut.exits, strict=True)]
+    name = _common_module([nodes[i] for i in heavy])
+    macs = sum(macs_of(nodes[i]) for i in heavy) // batch
+    return Branch(name, _kind_of(index, cut), macs, streams, escapes, [nodes[i] for i in sorted(core)])
+
+
+def _trim_front(index: _Index, stream: int, region: set[int]) -> int:
+    """The last single value, going down from the stream, before anything that is not cheap."""
+    frontier, best = [stream], stream
+    seen = {stream}
+    while frontier:
+        node = heapq.heappop(frontier)
+        if node != stream and index.names[node] not in CHEAP:
+            break
+        if not frontier:
+            best = node
+        for user in index.users[node]:
+            if user in region and user not in seen:
+                seen.add(user)
+                heapq.heappush(frontier, user)
+    return best
+
+
+def _trim_back(index: _Index, residual: int, region: set[int]) -> int:
+    """The first single value, going up from the residual, after anything that is not cheap."""
+    frontier, best = [-residual], residual
+    seen = {residual}
+    while frontier:
+        node = -heapq.heappop(frontier)
+        if not frontier:
+            best = node
+        if index.names[node] not in CHEAP:
+            break
+        for source in index.inputs[node]:
+            if source in region and source not in seen:
+                seen.add(source)
+                heapq.heappush(frontier, -source)
+    return best
+
+
+def _only_used_by(index: _Index, cut: _Cut, taken: set[int]) -> set[int]:
+    """Work on side inputs that only this branch needs (text keys and values, say), to be skipped with it."""
+    extra: set[int] = set()
+    for i in range(max(cut.core), -1, -1):
+        if i in taken or i in cut.entries or index.nodes[i].op != "call_function" or not index.is_tensor(i):
+            continue
+        users = index.users[i]
+        if index.depends_on_input[i] and users and all(u in cut.core or u in extra for u in users):
+            extra.add(i)
+    return extra
+
+
+def _channel_dim(index: _Index, entry: int, core: set[int]) -> int:
+    rank = rank_of(index.nodes[entry])
+    into_convolution = any(u in core and "conv" in index.names[u] for u in index.users[entry])
+    return 1 if rank >= 4 and into_convolution else rank - 1
+
+
+def _kind_of(index: _Index, cut: _Cut) -> str:
+    core, entries, exits = cut.core, cut.entries, cut.exits
+    products = {i for i in core if _is_product_of_activations(index, i)}
+    if not products:
+        return "mlp"
+    if _has_nonlinear_path(index, core, products, entries):
+        return "parallel"
+    if len(entries) > 1:
+        return "joint-attention"
+    below = index.between(entries, exits)
+    first = min(products)
+    from_stream = [j for j in index.inputs[first] if j in below or j in entries]
+    live = [j for j in index.inputs[first] if index.depends_on_input[j]]
+    return "cross-attention" if len(from_stream) < min(2, len(live)) else "attention"
+
+
+def _has_nonlinear_path(index: _Index, core: set[int], products: set[int], entries: list[int]) -> bool:
+    """Whether an MLP (heavy, activation, heavy) runs beside the attention, not through it."""
+    state = dict.fromkeys(entries, 0)
+    for i in sorted(core - products):
+        before = max((state[j] for j in index.inputs[i] if j in state), default=-1)
+        if before < 0:
+            continue
+        if index.heavy[i] and before in (0, 2):
+            before += 1
+        elif index.names[i] in NONLINEAR and before == 1:
+            before = 2
+        state[i] = before
+        if before == 3:
+            return True
+    return False
+
+
+def _common_module(nodes: list[fx.Node]) -> str:
+    """The longest module path that all nodes were traced in."""
+    paths = []
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        names = [str(path) for path, _ in stack.values()]
+        paths.append((names[-1] if names else "").split("."))
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    if common[:1] == ["model"]:  # the capture's own wrapper
+        common = common[1:]
+    return ".".join(part for part in common if part)
+
+
+def _name_apart(branches: list[Branch]) -> None:
+    """Add the kind, then a number, to names that several branches share."""
+    for make in (lambda b, k: f"{b.name}.{b.kind}" if b.name else b.kind, lambda b, k: f"{b.name}.{k}"):
+        groups: dict[str, list[Branch]] = {}
+        for branch in branches:
+            groups.setdefault(branch.name, []).append(branch)
+        for name, group in groups.items():
+            if len(group) > 1 or not name:
+                for k, branch in enumerate(group):
+                    branch.name = make(branch, k)
+
+
+__all__ = ["HEAVY", "Branch", "Stream", "locate_branches"]

@@ -1,0 +1,371 @@
+"""Stage 5, lower: the flat lazy graph with each branch in a module that runs it only where it is needed.
+
+1. A branch is what lies between its `enter` marks and its `select`s, plus everything that only this depends on: constants
+   and their (de)quantization, text keys and values. Nothing is read off the model again.
+2. Each branch becomes one `LazyBranch`, called with its score and caches and with every value that it reads from outside.
+3. Sizes are computed inside, from the operands, since a gathered batch is smaller than the whole one.
+
+In PyTorch a `LazyBranch` branches in Python; under `torch.export` it becomes `torch.cond`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from ..gate import decide, select
+from .capture import size_node
+from .insert import LazyGraph
+
+_ops = torch.ops.lazycompress
+
+
+class Controller(Protocol):
+    """Decides what a branch gives while gates are trained; the branch has been computed for every sample."""
+
+    def __call__(
+        self, branch: int, score: Tensor, valid: Tensor, fresh: list[Tensor], caches: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How an operand is cut to some of the samples: `rows` of dim 0 per sample, 0 if it has no batch dimension."""
+
+    rows: int
+
+
+class LazyBranch(nn.Module):
+    """One branch: `forward(score, valid, threshold, caches, operands) -> (outputs, lazy)`.
+
+    Per sample: the branch runs on the samples that compute, gathered; the others keep their cache. Where some operand
+    cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes.
+    """
+
+    def __init__(self, index: int, core: fx.GraphModule, operands: list[Operand], outputs: list[int], gather: bool) -> None:
+        super().__init__()
+        self.index = index
+        self.core = core
+        self.operands = operands
+        self.outputs = outputs
+        self.gather = gather
+        self.controller: Controller | None = None
+
+    def forward(
+        self, score: Tensor, valid: Tensor, threshold: Tensor, caches: list[Tensor], operands: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        if self.controller is not None:
+            return self.controller(self.index, score, valid, self.run(operands), caches)
+        lazy = decide(score, valid, threshold)
+        if torch.compiler.is_exporting():
+            return self._as_cond(lazy, caches, operands), lazy
+        stay = int((~lazy).sum())
+        if stay == 0:
+            return list(caches), lazy
+        if stay == lazy.shape[0]:
+            return self.run(operands), lazy
+        return self.mixed(lazy, caches, operands), lazy
+
+    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """The branch on every sample."""
+        return list(self.core(*operands))
+
+    def mixed(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        """The branch on the samples that are not lazy, the caches for the others."""
+        if not self.gather:
+            return [select(new, old, lazy) for new, old in zip(self.run(operands), caches, strict=True)]
+        samples = torch.nonzero(~lazy).squeeze(1)
+        torch._check(samples.shape[0] <= lazy.shape[0])
+        cut = [take(value, samples, operand.rows) for value, operand in zip(operands, self.operands, strict=True)]
+        # Row of each sample in [computed samples, caches]: no cache is written where its sample computes.
+        place = torch.where(
+            lazy,
+            torch.arange(lazy.shape[0], device=lazy.device) + samples.shape[0],
+            torch.cumsum(~lazy, 0) - 1,
+        )
+        return [
+            take(torch.cat([new, old]), place, rows)
+            for new, old, rows in zip(self.run(cut), caches, self.outputs, strict=True)
+        ]
+
+    def _as_cond(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        weights = dict(self.core.named_parameters()) | dict(self.core.named_buffers())
+        names, values = list(weights), list(weights.values())
+        count = len(caches)
+
+        def compute(lazy: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            swapped = dict(zip(names, rest[count + len(operands) :], strict=True))
+            branch = _Swapped(self, swapped)
+            return tuple(branch.mixed(lazy, rest[:count], rest[count : count + len(operands)]))
+
+        def reuse(lazy: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            return tuple(cache.clone() for cache in rest[:count])
+
+        result = torch.cond((~lazy).any(), compute, reuse, (lazy, *caches, *operands, *values))
+        return list(result)
+
+
+class _Swapped:
+    """A branch that runs with other tensors in the places of its weights (`torch.cond` wants them as operands)."""
+
+    def __init__(self, branch: LazyBranch, weights: dict[str, Tensor]) -> None:
+        self.branch = branch
+        self.weights = weights
+
+    def mixed(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        twin = LazyBranch.mixed.__get__(self)
+        result: list[Tensor] = twin(lazy, caches, operands)
+        return result
+
+    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        return list(torch.func.functional_call(self.branch.core, self.weights, tuple(operands)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.branch, name)
+
+
+def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
+    """The rows of `value` that belong to `samples`; `rows` of dim 0 per sample, 0 for a value without a batch."""
+    if rows == 0:
+        return value
+    if rows == 1:
+        return value.index_select(0, samples)
+    folded = value.reshape(-1, rows, *value.shape[1:])
+    return folded.index_select(0, samples).reshape(-1, *value.shape[1:])
+
+
+def lower(flat: LazyGraph) -> LazyGraph:
+    """Put every branch of a flat lazy graph into a `LazyBranch`; weights are shared, the flat graph is left as it is."""
+    source = flat.graph_module.graph
+    nodes = list(source.nodes)
+    number = {node: i for i, node in enumerate(nodes)}
+    entries: dict[int, dict[int, fx.Node]] = {}
+    selects: dict[int, list[fx.Node]] = {}
+    branch_of_lazy: dict[fx.Node, int] = {}
+    for node in nodes:
+        if node.target is _ops.enter.default or node.target is _ops.enter:
+            entries.setdefault(node.args[1], {})[node.args[2]] = node
+    decides = [node for node in nodes if node.target in (_ops.decide, _ops.decide.default)]
+    for i, node in enumerate(decides):
+        branch_of_lazy[node] = i
+    for node in nodes:
+        if node.target in (_ops.select, _ops.select.default):
+            selects.setdefault(branch_of_lazy[node.args[2]], []).append(node)
+
+    constant = _constants(nodes)
+    owner: dict[fx.Node, int] = {}
+    for i, chosen in selects.items():
+        # `decide` may come in another order than the branches' numbers: the marks know.
+        marks = set(entries[_mark_of(decides[i])].values())
+        for node in _between(nodes, number, marks, [s.args[0] for s in chosen], constant):
+            owner[node] = i
+
+    graph = fx.Graph()
+    root = nn.Module()
+    mapped: dict[fx.Node, fx.Node] = {}
+    calls: dict[int, tuple[LazyBranch, fx.Node, list[fx.Node]]] = {}
+    parts = {i: _extract(flat, i, _mark_of(decides[i]), chosen, owner, constant) for i, chosen in selects.items()}
+    lazy_of: dict[fx.Node, fx.Node] = {}
+
+    waiting = [node for node in nodes if node not in owner and node.op != "output"]
+    while waiting:
+        left: list[fx.Node] = []
+        for node in waiting:
+            if node in branch_of_lazy:
+                i = branch_of_lazy[node]
+                branch, outside = parts[i]
+                caches = [s.args[1] for s in selects[i]]
+                score, valid, threshold = node.args
+                needed = [*outside, *caches, score, valid, threshold]
+                if any(n not in mapped for n in needed):
+                    left.append(node)
+                    continue
+                root.add_module(f"branch_{branch.index}", branch)
+                call = graph.call_module(
+                    f"branch_{branch.index}",
+                    (mapped[score], mapped[valid], mapped[threshold], [mapped[c] for c in caches], [mapped[o] for o in outside]),
+                )
+                results = graph.call_function(_getitem, (call, 0))
+                lazy_of[node] = graph.call_function(_getitem, (call, 1))
+                mapped[node] = lazy_of[node]
+                for position, chosen_node in enumerate(selects[i]):
+                    item = graph.call_function(_getitem, (results, position))
+                    item.meta = dict(chosen_node.meta)
+                    mapped[chosen_node] = item
+            elif node in mapped:
+                continue
+            elif any(used not in mapped for used in node.all_input_nodes):
+                left.append(node)
+            else:
+                mapped[node] = graph.node_copy(node, mapped.__getitem__)
+        assert len(left) < len(waiting), "a flat lazy graph has no cycles"
+        waiting = left
+    output = next(node for node in nodes if node.op == "output")
+    graph.output(fx.map_arg(output.args[0], mapped.__getitem__))
+    graph.lint()
+    for name, module in flat.graph_module.named_children():
+        root.add_module(name, module)
+    for store in ("_parameters", "_buffers"):
+        for name, tensor in getattr(flat.graph_module, store).items():
+            getattr(root, store)[name] = tensor
+    for name, value in vars(flat.graph_module).items():
+        if isinstance(value, Tensor):
+            setattr(root, name, value)
+    module = fx.GraphModule(root, graph)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return replace(flat, graph_module=module)
+
+
+def lazy_branches(lowered: LazyGraph) -> list[LazyBranch]:
+    """The branches of a lowered graph, in the order of `LazyGraph.branches`."""
+    found = [m for m in lowered.graph_module.modules() if isinstance(m, LazyBranch)]
+    return sorted(found, key=lambda branch: branch.index)
+
+
+def _getitem(values: Any, index: int) -> Any:
+    return values[index]
+
+
+def _mark_of(decide_node: fx.Node) -> int:
+    """The branch number in the marks that a gate's score reads."""
+    score = decide_node.args[0]
+    streams: Any = score.args[0]  # type: ignore[union-attr]
+    number: int = streams[0].args[1]
+    return number
+
+
+def _constants(nodes: list[fx.Node]) -> set[fx.Node]:
+    constant: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and node.all_input_nodes and all(n in constant for n in node.all_input_nodes)
+        ):
+            constant.add(node)
+    return constant
+
+
+def _between(
+    nodes: list[fx.Node], number: dict[fx.Node, int], marks: set[fx.Node], ends: Sequence[Any], constant: set[fx.Node]
+) -> set[fx.Node]:
+    first = min(number[m] for m in marks)
+    last = max(number[e] for e in ends)
+    down: set[fx.Node] = set(marks)
+    for node in nodes[first + 1 : last + 1]:
+        if any(used in down for used in node.all_input_nodes):
+            down.add(node)
+    up: set[fx.Node] = set(ends)
+    for node in reversed(nodes[first : last + 1]):
+        if node in up:
+            up.update(n for n in node.all_input_nodes if n not in constant)
+    core = (down & up) - marks
+    for node in reversed(nodes[: last + 1]):  # rule 1: what only the branch needs
+        if node.op != "call_function" or node in core or node in marks or node in constant or not node.users:
+            continue
+        if isinstance(node.meta.get("val"), torch.SymInt) or _is_gate(node):
+            continue
+        if all(user in core for user in node.users):
+            core.add(node)
+    # One part of a list made outside (chunk, split) is taken outside too: an operand is a tensor.
+    return {n for n in core if n.target is not operator.getitem or n.all_input_nodes[0] in core}
+
+
+def _is_gate(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "lazycompress" or isinstance(node.target, torch._ops.OpOverloadPacket)
+
+
+def _extract(
+    flat: LazyGraph, i: int, mark: int, chosen: list[fx.Node], owner: dict[fx.Node, int], constant: set[fx.Node]
+) -> tuple[LazyBranch, list[fx.Node]]:
+    """The branch's own graph, and the nodes outside that are its operands."""
+    source = flat.graph_module
+    inner = [node for node in source.graph.nodes if owner.get(node) == i]
+    outside: list[fx.Node] = []
+    sizes: list[fx.Node] = []
+    for node in inner:
+        for used in node.all_input_nodes:
+            if owner.get(used) == i or used in constant:
+                continue
+            kind = sizes if isinstance(used.meta.get("val"), torch.SymInt) else outside
+            if used not in kind:
+                kind.append(used)
+
+    graph = fx.Graph()
+    mapped: dict[fx.Node, fx.Node] = {}
+    for k, node in enumerate(outside):
+        mapped[node] = graph.placeholder(f"operand_{k}")
+        mapped[node].meta = dict(node.meta)
+    batch = _batch_symbol(flat)
+    operands = [Operand(_rows(node, batch)) for node in outside]
+    symbols = _symbols_inside(graph, {size.meta["val"].node.expr for size in sizes}, outside, mapped)
+    for size in sizes:
+        rebuilt = size_node(graph, size.meta["val"].node.expr, symbols)
+        assert rebuilt is not None, f"no operand of branch {i} has the size {size.meta['val']}"
+        mapped[size] = rebuilt
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in mapped:
+            mapped[node] = graph.node_copy(node, copy)
+        return mapped[node]
+
+    for node in inner:
+        copy(node)
+    graph.output(tuple(mapped[c.args[0]] for c in chosen))
+    graph.lint()
+    core = fx.GraphModule(source, graph)
+    outputs = [_rows(c.args[0], batch) for c in chosen]
+    gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
+    return LazyBranch(mark, core, operands, outputs, gather), outside
+
+
+def _batch_symbol(flat: LazyGraph) -> sympy.Symbol | None:
+    placeholders = [node for node in flat.graph_module.graph.nodes if node.op == "placeholder"]
+    size = placeholders[flat.latents].meta["val"].shape[0]
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _rows(node: Any, batch: sympy.Symbol | None) -> int:
+    """Rows of dim 0 per sample; 0 if the batch is in no dimension, -1 if it is in another than the first."""
+    value = node.meta.get("val")
+    if batch is None or not isinstance(value, Tensor):
+        return -1
+    where = [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and batch in s.node.expr.free_symbols]
+    if not where:
+        return 0
+    if where != [0]:
+        return -1
+    factor = sympy.simplify(value.shape[0].node.expr / batch)  # type: ignore[union-attr]
+    return int(factor) if factor.is_Integer else -1
+
+
+def _symbols_inside(
+    graph: fx.Graph, expressions: set[sympy.Expr], outside: list[fx.Node], mapped: dict[fx.Node, fx.Node]
+) -> dict[sympy.Symbol, fx.Node]:
+    needed = {symbol for expression in expressions for symbol in expression.free_symbols}
+    found: dict[sympy.Symbol, fx.Node] = {}
+    for symbol in sorted(needed, key=str):
+        for node in outside:
+            value = node.meta.get("val")
+            for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                if symbol in found or not isinstance(size, torch.SymInt):
+                    continue
+                factor = sympy.simplify(size.node.expr / symbol)
+                if factor.is_Integer and factor > 0:
+                    known = graph.call_function(torch.ops.aten.sym_size.int, (mapped[node], dim))
+                    if factor != 1:
+                        known = graph.call_function(_floordiv, (known, int(factor)))
+                    found[symbol] = known
+    return found
+
+
+def _floordiv(a: Any, b: int) -> Any:
+    return a // b
+
+
+__all__ = ["Callable", "Controller", "LazyBranch", "LazyGraph", "lazy_branches", "lower"]

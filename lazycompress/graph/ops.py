@@ -1,0 +1,116 @@
+"""What an ATen node is, as far as the passes care: heavy, cheap, see-through; and what it costs.
+
+Nothing here knows a model. The sets name ATen operators, which are the same for every architecture.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+#: Joins of a residual stream: `x + f(x)` and its weighted forms.
+JOINS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::lerp"})
+
+#: Operators that hold the multiply-accumulates of a transformer.
+HEAVY = frozenset(
+    f"aten::{name}"
+    for name in (
+        "linear mm addmm bmm baddbmm matmul einsum scaled_dot_product_attention conv1d conv2d conv3d "
+        "convolution conv_transpose1d conv_transpose2d conv_transpose3d _grouped_mm"
+    ).split()
+)
+
+#: Values go through these unchanged, up to their dtype or a scale that does not depend on the stream.
+SEE_THROUGH = frozenset(
+    f"aten::{name}" for name in "to _to_copy type_as dropout native_dropout clone contiguous alias detach detach_".split()
+)
+
+#: Norms, modulation, gates, rescaling: the cheap ends of a branch, which stay outside of it.
+CHEAP = SEE_THROUGH | frozenset(
+    f"aten::{name}"
+    for name in (
+        "add sub mul div neg pow square sqrt rsqrt reciprocal abs mean sum var std var_mean layer_norm native_layer_norm "
+        "rms_norm _fused_rms_norm group_norm native_group_norm addcmul clamp clamp_min clamp_max maximum minimum tanh "
+        "linalg_vector_norm norm nan_to_num where expand expand_as unsqueeze float half bfloat16 "
+        "add_ mul_ div_ sub_ "
+    ).split()
+)
+
+NONLINEAR = frozenset(f"aten::{name}" for name in "gelu silu relu elu leaky_relu mish hardswish softplus relu_ silu_".split())
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten::add` for a call of any overload of it; `getitem` for `operator.getitem`; else an empty string."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    return "getitem" if target is operator.getitem else ""
+
+
+def shape_of(node: fx.Node) -> list[int] | None:
+    """The sizes seen at capture (dynamic sizes by their hints), or None if the node is not a tensor."""
+    value = node.meta.get("val")
+    return [size_hint(size) for size in value.shape] if isinstance(value, torch.Tensor) else None
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size seen at capture for a dynamic dimension."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def is_heavy(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node) in HEAVY
+
+
+def rank_of(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+def macs_of(node: fx.Node) -> int:
+    """Multiply-accumulates of one heavy node at the sizes seen at capture, 0 for any other node."""
+    if not is_heavy(node):
+        return 0
+    name, out = op_name(node), shape_of(node)
+    args = [a for a in node.args]
+
+    def arg(index: int) -> list[int]:
+        node_arg: Any = args[index]
+        return shape_of(node_arg) or [1]
+
+    if out is None:
+        return 0
+    if name == "aten::linear":
+        return math.prod(out) * arg(1)[-1]
+    if name in ("aten::mm", "aten::bmm", "aten::matmul"):
+        return math.prod(out) * arg(0)[-1]
+    if name in ("aten::addmm", "aten::baddbmm"):
+        return math.prod(out) * arg(1)[-1]
+    if name == "aten::scaled_dot_product_attention":
+        query, key, value = arg(0), arg(1), arg(2)
+        return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if name == "aten::einsum":
+        equation, operands = args[0], args[1]
+        assert isinstance(equation, str)
+        assert isinstance(operands, (list, tuple))
+        inputs = equation.replace(" ", "").split("->")[0].split(",")
+        sizes: dict[str, int] = {}
+        for letters, operand in zip(inputs, operands, strict=False):
+            assert isinstance(operand, fx.Node)
+            if "." not in letters:
+                sizes |= dict(zip(letters, shape_of(operand) or [], strict=False))
+        return math.prod(sizes.values()) if len(inputs) > 1 else 0
+    if "conv" in name:
+        weight = arg(1)
+        per_output = math.prod(weight[1:])
+        if "transpose" in name:
+            return math.prod(arg(0)) * per_output
+        return math.prod(out) * per_output
+    return math.prod(out)

@@ -1,0 +1,165 @@
+"""`LazyModel`: the original model's interface over a lowered lazy graph, with its state and its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError, LazyCompressError
+from .gate import Gates
+from .graph.capture import Call, Capture, capture, take_apart
+from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
+from .graph.locate import Branch, locate_branches
+from .graph.lower import Controller, lazy_branches, lower
+from .report import Summary, Usage
+
+Policy = Literal["learned", "compute", "reuse"]
+
+_THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
+
+
+class _Program:
+    """One capture, ready to run: shares weights and gates with every other capture of the same model."""
+
+    def __init__(self, captured: Capture, flat: LazyGraph, lowered: LazyGraph) -> None:
+        self.captured = captured
+        self.flat = flat
+        self.lowered = lowered
+
+
+class LazyModel(nn.Module):
+    """A model that reuses branch outputs of the previous denoising step.
+
+    It has the forward signature, return type, `config`, `dtype` and `device` of the model it was made from, and shares
+    its weights. State is kept between calls and forgotten when a new image begins: the timestep is not past the
+    last one, the conditioning changed, the batch or any size changed, or `reset()` was called.
+
+    Attributes:
+        branches: what was located, in the order in which it runs.
+        policy: "learned" (the gates decide), "compute" (never reuse), "reuse" (reuse wherever a cache is valid).
+    """
+
+    def __init__(self, model: nn.Module, example: Call, gates: Gates | None, make_gates: Callable[[list[Branch]], Gates],
+                 timestep_input: str | None = None) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self._timestep_input = timestep_input
+        self._programs: dict[Any, _Program] = {}
+        self._state: list[Tensor] | None = None
+        self._state_key: Any = None
+        self._policy: Policy = "learned"
+        captured = capture(model, example)
+        self.branches = locate_branches(captured.graph_module.graph, captured.batch)
+        self.gates = gates if gates is not None else make_gates(self.branches)
+        if self.gates.names != [branch.name for branch in self.branches]:
+            raise LazyCompressError(
+                f"the gates are for {len(self.gates.names)} branches ({', '.join(self.gates.names[:3])}, ...), the model "
+                f"has {len(self.branches)} ({', '.join(b.name for b in self.branches[:3])}, ...)"
+            )
+        self._programs[example.key] = self._build(captured, example)
+        self.example = example
+        self.usage = Usage([branch.macs for branch in self.branches])
+
+    # -- what the original model has ------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        own = getattr(self.model, "dtype", None)
+        return own if isinstance(own, torch.dtype) else next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("model", "gates"):
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: Policy) -> None:
+        if value not in ("learned", "compute", "reuse"):
+            raise LazyCompressError(f"policy: there is no {value!r}; use 'learned', 'compute' or 'reuse'")
+        self._policy = value
+
+    def reset(self) -> None:
+        """Forget the caches and the statistics: the next call computes every branch."""
+        self._state = None
+        self.usage.clear()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = take_apart(self.model, args, kwargs)
+        program = self.program(call)
+        threshold = torch.tensor(_THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device)
+        if self._state is None or self._state_key != (call.key, call.batch):
+            device = call.tensors[call.latents].device
+            self._state = [spec.fresh(call.batch, device) for spec in program.lowered.state]
+            self._state_key = (call.key, call.batch)
+        results = program.lowered.graph_module(*call.tensors, threshold, *self._state)
+        count = program.lowered.outputs
+        self._state = [value.detach() for value in results[count:-1]]
+        self.usage.add(results[count], results[-1])
+        return pytree.tree_unflatten(results[:count], program.captured.output_spec)
+
+    def program(self, call: Call) -> _Program:
+        """The capture that runs `call`, made now if this kind of call is new."""
+        if call.key not in self._programs:
+            self._programs[call.key] = self._build(capture(self.model, call), call)
+        return self._programs[call.key]
+
+    def _build(self, captured: Capture, call: Call) -> _Program:
+        branches = locate_branches(captured.graph_module.graph, captured.batch)
+        found = [(b.name, b.width) for b in branches]
+        known = [(name, w.shape[1]) for name, w in zip(self.gates.names, self.gates.weights, strict=True)]
+        if found != known:
+            raise InputError(f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}")
+        timestep = find_timestep(call.leaves, call.tensors, self._timestep_input)
+        conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep)
+        flat = insert_gates(captured, branches, self.gates, timestep, conditions)
+        return _Program(captured, flat, lower(flat))
+
+    @contextmanager
+    def controlled(self, controller: Controller) -> Iterator[None]:
+        """Within the block every branch is computed, and `controller` says what it gives; for training gates."""
+        modules = [b for p in self._programs.values() for b in lazy_branches(p.lowered)]
+        for module in modules:
+            module.controller = controller
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.controller = None
+
+    def summary(self) -> Summary:
+        """What was found, and what has been reused since the last `reset()`."""
+        return self.usage.summary(self.branches)
+
+
+def wrap(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    make_gates: Callable[[list[Branch]], Gates],
+    gates: Gates | None = None,
+    timestep_input: str | None = None,
+) -> LazyModel:
+    """Capture, locate, insert and lower `model` for calls like `model(*args, **kwargs)`."""
+    return LazyModel(model, take_apart(model, args, kwargs), gates, make_gates, timestep_input)
