@@ -132,7 +132,7 @@ class LazyModel(nn.Module):
         if found != known:
             raise InputError(f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}")
         timestep = find_timestep(call.leaves, call.tensors, self._timestep_input)
-        conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep)
+        conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
         return _Program(captured, flat, lower(flat))
 

@@ -51,10 +51,10 @@ Sampler = Callable[[Any], torch.Tensor]
 
 
 def build_model() -> nn.Module:
-    """A new float32 model in training mode, initialised so that it starts as the identity (adaLN-Zero).
+    """A new float32 model in training mode, initialised so that each block starts as the identity.
 
-    diffusers leaves torch's default initialisation in place; DiT's own (section 3.2 of the paper) zeroes the modulation
-    and the output projection.
+    diffusers leaves torch's default initialisation in place; DiT's own (adaLN-Zero, section 3.2 of the paper) zeroes
+    the modulation and the output projection.
     """
     dit_class: Any = DiTTransformer2DModel  # diffusers is untyped
     model = dit_class(**MODEL_CONFIG)
@@ -99,7 +99,7 @@ def load_bundled(dtype: torch.dtype = torch.float32) -> nn.Module:
 def build_scheduler(
     scheduler_class: type[Any] = DDIMScheduler, scheduler_config: Mapping[str, Any] = SCHEDULER_CONFIG
 ) -> Any:
-    """A new diffusers scheduler; by default DDIM (Song et al. 2021, arXiv 2010.02502) as the bundled model is sampled."""
+    """A new diffusers scheduler, by default the DDIM (Song et al. 2021, arXiv 2010.02502) of the bundled model."""
     return scheduler_class.from_config(dict(scheduler_config))
 
 

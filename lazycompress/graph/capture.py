@@ -22,7 +22,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import CaptureError, InputError
-from .ops import op_name
+from .ops import op_name, shape_of
 
 #: Arguments that only choose the form of the result; every capture fixes them.
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -83,6 +83,13 @@ class Capture:
     batch: int
     output_spec: pytree.TreeSpec
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def output_sizes(self) -> list[tuple[int, ...]]:
+        """The sizes of every output tensor, without the batch."""
+        output = next(node for node in self.graph_module.graph.nodes if node.op == "output")
+        shapes = [shape_of(value) for value in output.args[0] if isinstance(value, fx.Node)]
+        return [tuple(shape[1:]) for shape in shapes if shape]
 
 
 def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -168,7 +175,7 @@ def capture(model: nn.Module, call: Call) -> Capture:
         assert isinstance(graph_module, fx.GraphModule)
         _tidy(graph_module)
         return Capture(
-            graph_module, call.leaves, call.latents, call.batch, adapter.output_spec, notes=[note] if note else []
+            graph_module, call.leaves, call.latents, inputs[call.latents].shape[0], adapter.output_spec, notes=[note] if note else []
         )
     raise CaptureError(_explain(model, failures[0]))
 

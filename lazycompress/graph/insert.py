@@ -9,6 +9,7 @@ model's outputs, then the state for the next call in the same order, then `lazy`
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,12 +77,20 @@ def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = 
     )
 
 
-def find_conditions(leaves: list[Leaf], tensors: list[Tensor], latents: int, timestep: int) -> list[int]:
-    """Inputs that stay the same while one image is sampled: a change of any of them begins a new image."""
+def find_conditions(
+    leaves: list[Leaf], tensors: list[Tensor], latents: int, timestep: int, outputs: Sequence[Sequence[int]] = ()
+) -> list[int]:
+    """Inputs that stay the same while one image is sampled: a change of any of them begins a new image.
+
+    What moves from step to step has the sizes of an output (`outputs`, the batch left out): image and sound, where a
+    model denoises both. If no input has, it is the latents.
+    """
+    moving = {i for i, t in enumerate(tensors) if t.is_floating_point() and tuple(t.shape[1:]) in set(map(tuple, outputs))}
+    moving = {i for i in moving if leaves[i].batched and tensors[i].dim() >= 2} or {latents}
     return [
         i
         for i, (leaf, t) in enumerate(zip(leaves, tensors, strict=True))
-        if i not in (latents, timestep) and leaf.batched and (t.dim() >= 2 or not t.is_floating_point())
+        if i not in moving and i != timestep and leaf.batched and (t.dim() >= 2 or not t.is_floating_point())
     ]
 
 

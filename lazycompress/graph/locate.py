@@ -2,11 +2,13 @@
 
 The rules, in the order in which they run:
 
-1. A *join* is `add(p, r)` (or `addcmul`) of rank 3 or more, in which `p` is the residual stream `x`, seen through casts,
-   dropout, and scales, and `x` is an ancestor of `r`. In `x + f(x) + g(x)` the second join reaches `x` through the first.
+1. A *join* is `add(p, r)` (or `addcmul`, `lerp`, `sub`) of rank 3 or more, in which `p` is the residual stream `x`, seen
+   through casts, dropout, scales and constants added, and `x` is an ancestor of `r`. In `x + f(x) + g(x)` the second join
+   reaches `x` through the first. What is pooled from the stream to one vector per sample is conditioning, not a branch.
 2. The *region* of a join is what lies between `x` and `r`. If it holds a whole inner join, only what follows the
    last inner join counts (a block whose second residual reaches back to its input).
-3. A region is a branch if it holds attention, or at least two heavy operators one after the other.
+3. A region is a branch if it holds attention, or at least two heavy operators one after the other. Attention is a product
+   of two values that both depend on the input, unless it weighs several values of one token (a mixture of experts).
 4. Branches that share a heavy operator are one branch with several streams (joint attention, one MLP on joined tokens).
 5. The cheap ends are trimmed: norm and modulation at the front, gate, norm and rescaling at the back. What is left goes
    from one value `Z` per stream to one value `Y` per stream: the gate reads `Z`, the cache holds `Y`.
@@ -17,6 +19,7 @@ Everything is a set of node indices in topological order; ancestors are bit sets
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -24,7 +27,7 @@ import torch
 from torch import fx
 
 from ..errors import LocateError
-from .ops import CHEAP, HEAVY, JOINS, NONLINEAR, SEE_THROUGH, is_heavy, macs_of, op_name, rank_of, shape_of
+from .ops import CHEAP, HEAVY, JOINS, NONLINEAR, SEE_THROUGH, is_heavy, macs_of, op_name, product_axes, rank_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class _Join:
 class _Index:
     """Nodes by number, their ancestors as bit sets."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, batch: int) -> None:
         self.nodes = list(graph.nodes)
         self.number = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = [[self.number[n] for n in node.all_input_nodes] for node in self.nodes]
@@ -103,6 +106,7 @@ class _Index:
             self.depends_on_input.append(live)
         self.heavy = [is_heavy(node) for node in self.nodes]
         self.names = [op_name(node) for node in self.nodes]
+        self.pooled = [_is_vector(node, batch) for node in self.nodes]
 
     def is_tensor(self, i: int) -> bool:
         """Whether the value is a tensor or a list of them, not a size."""
@@ -112,13 +116,17 @@ class _Index:
     def is_ancestor(self, a: int, b: int) -> bool:
         return a < b and bool(self.ancestors[b] >> a & 1)
 
-    def between(self, sources: Iterable[int], sinks: Iterable[int]) -> set[int]:
-        """Nodes on a path from a source to a sink, sinks included, sources not."""
+    def between(self, sources: Iterable[int], sinks: Iterable[int], tokens_only: bool = False) -> set[int]:
+        """Nodes on a path from a source to a sink, sinks included, sources not.
+
+        With `tokens_only`, paths through a vector per sample do not count, unless a source is such a vector itself.
+        """
         sources, sinks = set(sources), set(sinks)
+        tokens_only = tokens_only and not any(self.pooled[i] for i in sources)
         first, last = min(sources), max(sinks)
         down: set[int] = set(sources)
         for i in range(first + 1, last + 1):
-            if i not in down and any(j in down for j in self.inputs[i]):
+            if i not in down and not (tokens_only and self.pooled[i]) and any(j in down for j in self.inputs[i]):
                 down.add(i)
         up: set[int] = set(sinks)
         for i in range(last, first, -1):
@@ -137,9 +145,9 @@ def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
     Raises:
         LocateError: no residual branch with attention was found; says what there was.
     """
-    index = _Index(graph)
+    index = _Index(graph, batch)
     joins = _find_joins(index)
-    groups = _merge_shared(index, [join for join in joins if _is_substantial(index, join.region)])
+    groups = _merge_shared(index, [join for join in joins if _is_substantial(index, join)])
     cuts = sorted((_cut(index, group) for group in groups), key=lambda cut: cut.exits[0])
     cuts = [cut for cut in cuts if any(index.heavy[i] for i in cut.core)]
     taken = set().union(*(cut.core for cut in cuts)) if cuts else set()
@@ -166,6 +174,8 @@ def _find_joins(index: _Index) -> list[_Join]:
         operands = [index.number[a] for a in node.args[:3] if isinstance(a, fx.Node)]
         if index.names[i] == "aten::addcmul":
             pairs = [(operands[0], operands[1]), (operands[0], operands[2])]
+        elif index.names[i] in ("aten::sub", "aten::sub_"):
+            pairs = [(operands[0], operands[1])] if len(operands) == 2 else []
         elif len(operands) == 2 or index.names[i] == "aten::lerp":
             pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
         else:
@@ -179,11 +189,11 @@ def _find_joins(index: _Index) -> list[_Join]:
                 best = _Join(stream, residual, i, set())
         if best is None:
             continue
-        region = index.between([best.stream], [best.residual])
+        region = index.between([best.stream], [best.residual], tokens_only=True)
         inner = [j for j in joins if j.output in region and j.stream >= best.stream and any(map(index.heavy.__getitem__, j.region))]
         if inner:
             last = max(join.output for join in inner)
-            region = index.between([last], [best.residual]) if index.is_ancestor(last, best.residual) else set()
+            region = index.between([last], [best.residual], tokens_only=True) if index.is_ancestor(last, best.residual) else set()
             best.stream = last
         if not any(index.heavy[j] for j in region):
             continue
@@ -205,7 +215,9 @@ def _stream_of(index: _Index, carrier: int, residual: int, joins: dict[int, _Joi
         live = [j for j in index.inputs[node] if index.depends_on_input[j]]
         if index.names[node] in SEE_THROUGH and live:
             node = live[0]
-        elif index.names[node] in ("aten::mul", "aten::div"):
+        elif index.names[node] in ("aten::mul", "aten::div", "aten::add") and len(live) < 2 or (
+            index.names[node] in ("aten::mul", "aten::div")
+        ):
             tokens = [j for j in live if rank_of(index.nodes[j]) >= 3]
             wide = [j for j in tokens if shape_of(index.nodes[j]) == shape_of(index.nodes[node])]
             if len(wide) != 1:
@@ -215,24 +227,42 @@ def _stream_of(index: _Index, carrier: int, residual: int, joins: dict[int, _Joi
             return None
 
 
-def _is_product_of_activations(index: _Index, i: int) -> bool:
+def _is_vector(node: fx.Node, batch: int) -> bool:
+    """Whether a value is one vector per sample: [batch, n] up to dimensions of size 1."""
+    shape = shape_of(node)
+    return shape is not None and len(shape) >= 2 and shape[0] == batch and sum(size > 1 for size in shape[1:]) <= 1
+
+
+def _mixes_tokens(index: _Index, i: int, tokens: int) -> bool:
+    """Whether node `i` is attention among `tokens` (of all samples): a product of two activations across tokens."""
     if index.names[i] == "aten::scaled_dot_product_attention":
         return True
     if index.names[i] not in ("aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum"):
         return False
-    return sum(index.depends_on_input[j] for j in index.inputs[i]) >= 2
+    if sum(index.depends_on_input[j] for j in index.inputs[i]) < 2:
+        return False
+    common, left, right = product_axes(index.nodes[i])
+    # Every token by itself, one row of weights times its own few values: a mixture, not attention.
+    return not (min(left, right) == 1 and common % tokens == 0)
 
 
-def _is_substantial(index: _Index, region: set[int]) -> bool:
+def _is_substantial(index: _Index, join: _Join) -> bool:
     """Rule 3: attention, or two heavy operators in a chain."""
+    region, tokens = join.region, _tokens_of(index, join.stream)
     depth: dict[int, int] = {}
     for i in sorted(region):
-        if _is_product_of_activations(index, i):
+        if _mixes_tokens(index, i, tokens):
             return True
         depth[i] = max((depth.get(j, 0) for j in index.inputs[i]), default=0) + index.heavy[i]
         if depth[i] >= 2:
             return True
     return False
+
+
+def _tokens_of(index: _Index, i: int) -> int:
+    """Number of vectors that the value of node `i` holds, all samples together."""
+    shape = shape_of(index.nodes[i]) or [1]
+    return math.prod(shape) // max(1, shape[-1])
 
 
 def _merge_shared(index: _Index, joins: list[_Join]) -> list[list[_Join]]:
@@ -267,7 +297,7 @@ class _Cut:
 
 
 def _cut(index: _Index, joins: list[_Join]) -> _Cut:
-    region = index.between([j.stream for j in joins], [j.residual for j in joins])
+    region = index.between([j.stream for j in joins], [j.residual for j in joins], tokens_only=True)
     exits = [_trim_back(index, join.residual, region) for join in joins]
     entries = [_trim_front(index, join.stream, region) for join in joins]
     core = index.between(entries, exits)
@@ -343,7 +373,8 @@ def _channel_dim(index: _Index, entry: int, core: set[int]) -> int:
 
 def _kind_of(index: _Index, cut: _Cut) -> str:
     core, entries, exits = cut.core, cut.entries, cut.exits
-    products = {i for i in core if _is_product_of_activations(index, i)}
+    tokens = _tokens_of(index, entries[0])
+    products = {i for i in core if _mixes_tokens(index, i, tokens)}
     if not products:
         return "mlp"
     if _has_nonlinear_path(index, core, products, entries):

@@ -83,14 +83,8 @@ class LazyBranch(nn.Module):
         samples = torch.nonzero(~lazy).squeeze(1)
         torch._check(samples.shape[0] <= lazy.shape[0])
         cut = [take(value, samples, operand.rows) for value, operand in zip(operands, self.operands, strict=True)]
-        # Row of each sample in [computed samples, caches]: no cache is written where its sample computes.
-        place = torch.where(
-            lazy,
-            torch.arange(lazy.shape[0], device=lazy.device) + samples.shape[0],
-            torch.cumsum(~lazy, 0) - 1,
-        )
         return [
-            take(torch.cat([new, old]), place, rows)
+            put(old, samples, new, lazy.shape[0], rows)
             for new, old, rows in zip(self.run(cut), caches, self.outputs, strict=True)
         ]
 
@@ -107,7 +101,8 @@ class LazyBranch(nn.Module):
         def reuse(lazy: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return tuple(cache.clone() for cache in rest[:count])
 
-        result = torch.cond((~lazy).any(), compute, reuse, (lazy, *caches, *operands, *values))
+        # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
+        result = torch.ops.higher_order.cond((~lazy).any(), compute, reuse, (lazy, *caches, *operands, *values))
         return list(result)
 
 
@@ -138,6 +133,19 @@ def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
         return value.index_select(0, samples)
     folded = value.reshape(-1, rows, *value.shape[1:])
     return folded.index_select(0, samples).reshape(-1, *value.shape[1:])
+
+
+def put(old: Tensor, samples: Tensor, new: Tensor, batch: int, rows: int) -> Tensor:
+    """`old` with the rows of `samples` replaced by `new`.
+
+    `old` may have another batch size where nothing of it is kept: the state of an exported model before its first image.
+    """
+    kept = torch.arange(batch * rows, device=old.device).clamp(max=old.shape[0] - 1)
+    base = old.index_select(0, kept)
+    if rows == 1:
+        return base.index_copy(0, samples, new)
+    folded = base.reshape(batch, rows, *old.shape[1:])
+    return folded.index_copy(0, samples, new.reshape(-1, rows, *old.shape[1:])).reshape(base.shape)
 
 
 def lower(flat: LazyGraph) -> LazyGraph:

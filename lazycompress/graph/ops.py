@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 #: Joins of a residual stream: `x + f(x)` and its weighted forms.
-JOINS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::lerp"})
+JOINS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::lerp", "aten::sub", "aten::sub_"})
 
 #: Operators that hold the multiply-accumulates of a transformer.
 HEAVY = frozenset(
@@ -114,3 +114,29 @@ def macs_of(node: fx.Node) -> int:
             return math.prod(arg(0)) * per_output
         return math.prod(out) * per_output
     return math.prod(out)
+
+
+def product_axes(node: fx.Node) -> tuple[int, int, int]:
+    """Sizes of a product of two values: common axes (batch, heads), the left's own rows, the right's own columns.
+
+    For einsum with more than two operands, or with an ellipsis, everything counts as rows and columns.
+    """
+    args: tuple[Any, ...] = node.args
+    if op_name(node) == "aten::einsum":
+        equation = args[0].replace(" ", "")
+        shapes = [shape_of(operand) or [] for operand in args[1]]
+        if "->" not in equation or "." in equation or len(shapes) != 2:
+            return 1, 2, 2
+        inputs, output = equation.split("->")
+        left, right = inputs.split(",")
+        sizes = dict(zip(left + right, shapes[0] + shapes[1], strict=True))
+        common = [sizes[c] for c in output if c in left and c in right]
+        return (
+            math.prod(common),
+            math.prod(sizes[c] for c in output if c in left and c not in right),
+            math.prod(sizes[c] for c in output if c in right and c not in left),
+        )
+    first, second = args[-2:] if op_name(node) != "aten::baddbmm" else args[1:3]
+    rows, columns = shape_of(first) or [1], shape_of(second) or [1]
+    out = shape_of(node) or [1]
+    return math.prod(out[:-2]), rows[-2] if len(rows) > 1 else 1, columns[-1] if len(columns) > 1 else 1

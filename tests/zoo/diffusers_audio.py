@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import T5FilmDecoder
 from diffusers.models import transformers as zoo
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import nn
@@ -131,7 +130,7 @@ SPECIMENS: list[Specimen] = [
         name="t5_film",
         family="audio",
         build=built(
-            T5FilmDecoder,
+            zoo.T5FilmDecoder,
             input_dims=8,
             targets_length=12,
             d_model=32,

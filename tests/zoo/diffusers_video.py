@@ -263,6 +263,17 @@ SPECIMENS: list[Specimen] = [
         sites=lambda _: per_block("transformer_blocks", 2, attention=("attn1", "attn2"), mlp="ff"),
     ),
     Specimen(
+        name="hunyuanvideo",
+        family="video",
+        build=built(zoo.HunyuanVideoTransformer3DModel, **HUNYUANVIDEO),
+        inputs=hunyuanvideo_inputs,
+        attention=4,
+        mlp=6,
+        parallel=2,
+        sites=hunyuanvideo_sites,
+        note="Two attention and two MLP branches are the text refiner's: they depend on text and timestep only.",
+    ),
+    Specimen(
         name="hunyuanvideo_i2v",
         family="video",
         build=built(
@@ -276,19 +287,8 @@ SPECIMENS: list[Specimen] = [
         mlp=6,
         parallel=2,
         sites=hunyuanvideo_sites,
-        note="Tokens of the given first frame have gates of their own (timestep 0): the stream is split, each part joins, "
-        "and they are concatenated again. Still one branch with a part for each, besides the text.",
-    ),
-    Specimen(
-        name="hunyuanvideo",
-        family="video",
-        build=built(zoo.HunyuanVideoTransformer3DModel, **HUNYUANVIDEO),
-        inputs=hunyuanvideo_inputs,
-        attention=4,
-        mlp=6,
-        parallel=2,
-        sites=hunyuanvideo_sites,
-        note="Two attention and two MLP branches are the text refiner's: they depend on text and timestep only.",
+        note="Tokens of the given first frame have gates of their own (timestep 0): the stream is split, each part "
+        "joins its part of the branch's output, and they are concatenated again. Still one branch.",
     ),
     Specimen(
         name="skyreels_v2",

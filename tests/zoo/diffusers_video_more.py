@@ -155,6 +155,7 @@ def wan_animate_inputs(batch: int, step: int) -> dict[str, Any]:
         "encoder_hidden_states_image": constant(batch, 5, 20, seed=4),
         "pose_hidden_states": constant(batch, 4, 2, 4, 4, seed=5),
         "face_pixel_values": constant(batch, 3, 5, 16, 16, seed=6),
+        "motion_encode_batch_size": 64,
     }
 
 
@@ -471,8 +472,7 @@ SPECIMENS: list[Specimen] = [
         attention=6,
         mlp=2,
         sites=lambda model: [*wan_sites(model), *[Site("attention", (f"face_adapter.{index}",)) for index in range(2)]],
-        note="A cross-attention to the driving face joins the stream after each block. The face's convolutional encoder "
-        "adds two convolved paths to each other: no residual branch.",
-        export="static",
+        note="A cross-attention to the driving face joins the stream after each block. The face's convolutional "
+        "encoder adds two convolved paths to each other: no residual branch.",
     ),
 ]
