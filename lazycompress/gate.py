@@ -53,9 +53,15 @@ def fingerprint(conditions: Sequence[Tensor], latents: Tensor) -> Tensor:
 
 
 def valid(timestep: Tensor, past_timestep: Tensor, prints: Tensor, past_prints: Tensor, direction: Tensor) -> Tensor:
-    """Which samples go on with the image of the last call, bool [batch]. `direction` is 1 for descending timesteps."""
-    onward = (past_timestep - timestep) * direction > 0
-    return onward & (prints == past_prints).all(dim=1)
+    """Which samples go on with the image of the last call, bool [batch]. `direction` is 1 for descending timesteps.
+
+    The past may have another batch size (the state of an exported model): then no sample goes on.
+    """
+    counts = torch.ones_like(past_timestep).sum() == torch.ones_like(timestep).sum()
+    rows = torch.arange(timestep.shape[0], device=timestep.device).clamp(max=past_timestep.shape[0] - 1)
+    onward = (past_timestep.index_select(0, rows) - timestep) * direction > 0
+    unchanged = (prints == past_prints.index_select(0, rows)).all(dim=1)
+    return counts & onward & unchanged
 
 
 def hat(timestep: Tensor, grid: Tensor) -> Tensor:

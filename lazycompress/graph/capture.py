@@ -8,8 +8,11 @@ dimensions can be is for `torch.export` to find out.
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,8 +164,7 @@ def capture(model: nn.Module, call: Call) -> Capture:
     ):
         inputs = examples if shapes is not None else call.tensors
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with torch.no_grad(), _quiet():
                 program = torch.export.export(
                     adapter, tuple(inputs), dynamic_shapes=None if shapes is None else (tuple(shapes),), strict=strict
                 )
@@ -175,9 +177,23 @@ def capture(model: nn.Module, call: Call) -> Capture:
         assert isinstance(graph_module, fx.GraphModule)
         _tidy(graph_module)
         return Capture(
-            graph_module, call.leaves, call.latents, inputs[call.latents].shape[0], adapter.output_spec, notes=[note] if note else []
+            graph_module, call.leaves, call.latents, inputs[call.latents].shape[0], adapter.output_spec(call.tensors), notes=[note] if note else []
         )
     raise CaptureError(_explain(model, failures[0]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep `torch.export` from printing whole graphs and warnings: what it has to say is in its exception."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    sink = io.StringIO()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 class _Adapter(nn.Module):
@@ -195,8 +211,11 @@ class _Adapter(nn.Module):
         self._seen.output_spec = spec
         return flat
 
-    @property
-    def output_spec(self) -> pytree.TreeSpec:
+    def output_spec(self, tensors: Sequence[Tensor]) -> pytree.TreeSpec:
+        """The structure of the model's output; Dynamo traces without running `forward`, so it is run then."""
+        if self._seen.output_spec is None:
+            with torch.no_grad():
+                self(*tensors)
         assert self._seen.output_spec is not None
         return self._seen.output_spec
 

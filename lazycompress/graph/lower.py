@@ -4,6 +4,8 @@
    and their (de)quantization, text keys and values. Nothing is read off the model again.
 2. Each branch becomes one `LazyBranch`, called with its score and caches and with every value that it reads from outside.
 3. Sizes are computed inside, from the operands, since a gathered batch is smaller than the whole one.
+4. An operand whose batch is in another dimension than the first (a permuted one) is computed again inside, from values that
+   can be cut.
 
 In PyTorch a `LazyBranch` branches in Python; under `torch.export` it becomes `torch.cond`.
 """
@@ -22,6 +24,7 @@ from torch import Tensor, fx, nn
 from ..gate import decide, select
 from .capture import size_node
 from .insert import LazyGraph
+from .ops import is_heavy
 
 _ops = torch.ops.lazycompress
 
@@ -296,20 +299,22 @@ def _extract(
     inner = [node for node in source.graph.nodes if owner.get(node) == i]
     outside: list[fx.Node] = []
     sizes: list[fx.Node] = []
+    batch = _batch_symbol(flat)
+    again: dict[fx.Node, list[fx.Node] | None] = {}
     for node in inner:
         for used in node.all_input_nodes:
             if owner.get(used) == i or used in constant:
                 continue
-            kind = sizes if isinstance(used.meta.get("val"), torch.SymInt) else outside
-            if used not in kind:
-                kind.append(used)
+            for value in _sources(used, batch, constant, again):
+                kind = sizes if isinstance(value.meta.get("val"), torch.SymInt) else outside
+                if value not in kind:
+                    kind.append(value)
 
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
     for k, node in enumerate(outside):
         mapped[node] = graph.placeholder(f"operand_{k}")
         mapped[node].meta = dict(node.meta)
-    batch = _batch_symbol(flat)
     operands = [Operand(_rows(node, batch)) for node in outside]
     symbols = _symbols_inside(graph, {size.meta["val"].node.expr for size in sizes}, outside, mapped)
     for size in sizes:
@@ -330,6 +335,30 @@ def _extract(
     outputs = [_rows(c.args[0], batch) for c in chosen]
     gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
     return LazyBranch(mark, core, operands, outputs, gather), outside
+
+
+def _sources(
+    node: fx.Node, batch: sympy.Symbol | None, constant: set[fx.Node], again: dict[fx.Node, list[fx.Node] | None]
+) -> list[fx.Node]:
+    """The node itself if it can be cut to some samples, else what to compute it from (rule 4)."""
+    found = _cuttable(node, batch, constant, again, 12)
+    return [node] if found is None else found
+
+
+def _cuttable(
+    node: fx.Node, batch: sympy.Symbol | None, constant: set[fx.Node], again: dict[fx.Node, list[fx.Node] | None], depth: int
+) -> list[fx.Node] | None:
+    if node in again:
+        return again[node]
+    found: list[fx.Node] | None = None
+    if batch is None or isinstance(node.meta.get("val"), torch.SymInt) or _rows(node, batch) >= 0:
+        found = [node]
+    elif depth > 0 and node.op == "call_function" and not is_heavy(node) and not _is_gate(node):
+        parts = [_cuttable(n, batch, constant, again, depth - 1) for n in node.all_input_nodes if n not in constant]
+        if all(part is not None for part in parts):
+            found = list(dict.fromkeys(n for part in parts for n in part or []))
+    again[node] = found
+    return found
 
 
 def _batch_symbol(flat: LazyGraph) -> sympy.Symbol | None:

@@ -34,13 +34,14 @@ class Site:
         kind: ``"attention"``, ``"mlp"`` or ``"parallel"``.
         modules: Module paths; one, or several where the streams of one branch leave through different modules.
         pick: Positions of the branch's tensors if a module returns a tuple; ``None`` takes every tensor in it.
-        call: Which of the module's calls within one forward it is, for modules that serve two branches.
+        call: Which of the module's calls within one forward it is, or ``None`` for each of them: a module that serves
+            several branches remembers one output for each of its calls.
     """
 
     kind: str
     modules: tuple[str, ...]
     pick: tuple[int, ...] | None = None
-    call: int = 0
+    call: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,19 +194,19 @@ def _watch(model: nn.Module, sites: Sequence[Site], memory: dict[tuple[str, int]
     """Store what the sites give into ``memory``, or make them give what is stored there."""
     calls: Counter[str] = Counter()
 
-    def forward_hook(path: str, picks: dict[int, tuple[int, ...] | None]) -> Callable[..., Any]:
+    def forward_hook(path: str, picks: dict[int | None, tuple[int, ...] | None]) -> Callable[..., Any]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
             call, calls[path] = calls[path], calls[path] + 1
-            if call not in picks:
+            if call not in picks and None not in picks:
                 return None
             if replay:
-                return _merge(output, memory[path, call], picks[call])
+                return _merge(output, memory[path, call], picks[call] if call in picks else picks[None])
             memory[path, call] = _merge(output, output)
             return None
 
         return hook
 
-    wanted: dict[str, dict[int, tuple[int, ...] | None]] = {}
+    wanted: dict[str, dict[int | None, tuple[int, ...] | None]] = {}
     for site in sites:
         for path in site.modules:
             wanted.setdefault(path, {})[site.call] = site.pick

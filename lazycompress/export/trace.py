@@ -1,0 +1,104 @@
+"""What every export format starts from: the lowered graph as an `ExportedProgram`, with branches as `torch.cond`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import ExportError
+from ..graph.insert import LazyGraph, StateSpec
+from ..runtime import LazyModel
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A traced lazy model and the names of its inputs and outputs, in order.
+
+    Inputs: the model's, then the past state. Outputs: the model's, then the present state, then the decisions.
+    """
+
+    program: ExportedProgram
+    inputs: list[str]
+    outputs: list[str]
+    state: list[StateSpec]
+    shapes: list[list[int]]
+    examples: list[Tensor]
+
+    @property
+    def past(self) -> list[str]:
+        return [spec.name for spec in self.state]
+
+    @property
+    def present(self) -> list[str]:
+        return [spec.name.replace("past", "present", 1) for spec in self.state]
+
+
+DECISIONS = "lazy_decisions"
+
+
+class _Exportable(nn.Module):
+    """The lowered graph with its threshold fixed, taking tensors in a flat list."""
+
+    def __init__(self, lowered: LazyGraph, threshold: float) -> None:
+        super().__init__()
+        self.graph_module: fx.GraphModule = lowered.graph_module
+        self.count = len(lowered.leaves)
+        self.register_buffer("threshold", torch.tensor(threshold))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = self.graph_module(*tensors[: self.count], self.threshold, *tensors[self.count :])
+        return (*results[:-1], results[-1].to(torch.float32))
+
+
+def trace(lazy: LazyModel) -> TracedModel:
+    """Trace a lazy model for the call it was captured with, for any batch size.
+
+    Raises:
+        ExportError: `torch.export` does not take the lowered graph.
+    """
+    program = lazy.program(lazy.example)
+    lowered = program.lowered
+    call = lazy.example
+    examples = [
+        torch.cat([t, t]) if leaf.batched and call.batch == 1 else t
+        for t, leaf in zip(call.tensors, call.leaves, strict=True)
+    ]
+    batch = examples[call.latents].shape[0]
+    # Another batch size than the inputs': a new image may come with one, and the state must not forbid it.
+    past = [spec.fresh(batch + 1, call.tensors[0].device) for spec in lowered.state]
+    dynamic = [{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves] + [{0: Dim.AUTO} for _ in past]
+    exportable = _Exportable(lowered, float(lazy.gates.threshold))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                exportable, (*examples, *past), dynamic_shapes=(tuple(dynamic),), strict=False
+            )
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"torch.export does not take the lowered graph: {first[:300]}") from error
+    shapes = [
+        [-1 if leaf.batched and d == 0 else size for d, size in enumerate(t.shape)]
+        for t, leaf in zip(examples, call.leaves, strict=True)
+    ] + [list(spec.shape) for spec in lowered.state]
+    names = [leaf.name for leaf in call.leaves]
+    present = [spec.name.replace("past", "present", 1) for spec in lowered.state]
+    outputs = _output_names(program.captured.output_spec, lowered.outputs)
+    return TracedModel(
+        exported, names + [spec.name for spec in lowered.state], [*outputs, *present, DECISIONS], lowered.state, shapes,
+        [*examples, *past],
+    )  # fmt: skip
+
+
+def _output_names(spec: pytree.TreeSpec, count: int) -> list[str]:
+    """`sample` and the like where the model returns them by name, else `output_0`, `output_1`, ..."""
+    output = pytree.tree_unflatten(list(range(count)), spec)
+    if isinstance(output, Mapping) and list(output.values()) == list(range(count)):
+        return [str(key) for key in output]
+    return [f"output_{i}" for i in range(count)]
