@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError, LazyCompressError
 from .gate import Gates
-from .graph.capture import Call, Capture, capture, take_apart
+from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
 from .graph.locate import Branch, locate_branches
+from .graph.ops import macs_of
 from .graph.lower import Controller, lazy_branches, lower
+from .recipe import Recipe
 from .report import Summary, Usage
 
 Policy = Literal["learned", "compute", "reuse"]
@@ -44,25 +46,38 @@ class LazyModel(nn.Module):
         policy: "learned" (the gates decide), "compute" (never reuse), "reuse" (reuse wherever a cache is valid).
     """
 
-    def __init__(self, model: nn.Module, example: Call, gates: Gates | None, make_gates: Callable[[list[Branch]], Gates],
-                 timestep_input: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Call,
+        gates: Gates | Callable[[list[Branch]], Gates] | None = None,
+        *,
+        timestep_input: str | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self._timestep_input = timestep_input
-        self._programs: dict[Any, _Program] = {}
+        self.example = example
+        self.timestep_input = timestep_input
+        self.recipe: Recipe | None = None
+        self.training_report: Any = None
+        self._programs: dict[CallKey, _Program] = {}
         self._state: list[Tensor] | None = None
         self._state_key: Any = None
         self._policy: Policy = "learned"
         captured = capture(model, example)
         self.branches = locate_branches(captured.graph_module.graph, captured.batch)
-        self.gates = gates if gates is not None else make_gates(self.branches)
-        if self.gates.names != [branch.name for branch in self.branches]:
+        names, widths = [b.name for b in self.branches], [b.width for b in self.branches]
+        if gates is None:
+            gates = Gates(names, widths, torch.zeros(1))
+        self.gates = gates if isinstance(gates, Gates) else gates(self.branches)
+        if self.gates.names != names:
             raise LazyCompressError(
                 f"the gates are for {len(self.gates.names)} branches ({', '.join(self.gates.names[:3])}, ...), the model "
-                f"has {len(self.branches)} ({', '.join(b.name for b in self.branches[:3])}, ...)"
+                f"has {len(names)} ({', '.join(names[:3])}, ...)"
             )
+        #: Multiply-accumulates of one dense call per sample, branches and all else.
+        self.dense_macs = sum(macs_of(node) for node in captured.graph_module.graph.nodes) // captured.batch
         self._programs[example.key] = self._build(captured, example)
-        self.example = example
         self.usage = Usage([branch.macs for branch in self.branches])
 
     # -- what the original model has ------------------------------------------------------------------------------
@@ -125,13 +140,22 @@ class LazyModel(nn.Module):
             self._programs[call.key] = self._build(capture(self.model, call), call)
         return self._programs[call.key]
 
+    def set_gates(self, gates: Gates) -> None:
+        """Use other gates, of any timestep grid, in every capture there is."""
+        self.gates = gates
+        for key, program in list(self._programs.items()):
+            flat = program.flat
+            flat = insert_gates(program.captured, flat.branches, gates, flat.timestep, flat.conditions)
+            self._programs[key] = _Program(program.captured, flat, lower(flat))
+        self.reset()
+
     def _build(self, captured: Capture, call: Call) -> _Program:
         branches = locate_branches(captured.graph_module.graph, captured.batch)
         found = [(b.name, b.width) for b in branches]
         known = [(name, w.shape[1]) for name, w in zip(self.gates.names, self.gates.weights, strict=True)]
         if found != known:
             raise InputError(f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}")
-        timestep = find_timestep(call.leaves, call.tensors, self._timestep_input)
+        timestep = find_timestep(call.leaves, call.tensors, self.timestep_input)
         conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
         return _Program(captured, flat, lower(flat))
@@ -157,9 +181,8 @@ def wrap(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    make_gates: Callable[[list[Branch]], Gates],
-    gates: Gates | None = None,
+    gates: Gates | Callable[[list[Branch]], Gates] | None = None,
     timestep_input: str | None = None,
 ) -> LazyModel:
     """Capture, locate, insert and lower `model` for calls like `model(*args, **kwargs)`."""
-    return LazyModel(model, take_apart(model, args, kwargs), gates, make_gates, timestep_input)
+    return LazyModel(model, take_apart(model, args, kwargs), gates, timestep_input=timestep_input)

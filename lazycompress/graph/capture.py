@@ -12,7 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import CaptureError, InputError
+from .hostreads import HostReads, Recorder, Replayer, split_reads
 from .ops import op_name, shape_of
 
 #: Arguments that only choose the form of the result; every capture fixes them.
@@ -78,7 +79,13 @@ class Call:
 
 @dataclass
 class Capture:
-    """A dense FX graph of one call: placeholders in the order of `leaves`, one flat tuple of tensors as output."""
+    """A dense FX graph of one call: placeholders in the order of `leaves`, one flat tuple of tensors as output.
+
+    Attributes:
+        batch: the batch size of the examples, which the hints of dynamic sizes refer to.
+        fixed_batch: the only batch size that the graph can run, or None if it is dynamic.
+        reads: values that the model reads on the host and that were fixed, or None.
+    """
 
     graph_module: fx.GraphModule
     leaves: list[Leaf]
@@ -86,6 +93,14 @@ class Capture:
     batch: int
     output_spec: pytree.TreeSpec
     notes: list[str] = field(default_factory=list)
+    fixed_batch: int | None = None
+    reads: HostReads | None = None
+
+    def serves(self, call: Call) -> bool:
+        """Whether this capture can run a call of the same key: its batch, and the values that were fixed."""
+        if self.fixed_batch not in (None, call.batch):
+            return False
+        return self.reads is None or self.reads.hold(call.tensors)
 
     @property
     def output_sizes(self) -> list[tuple[int, ...]]:
@@ -145,41 +160,81 @@ def _may_be_batched(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
 
 
 def capture(model: nn.Module, call: Call) -> Capture:
-    """Export `model` for calls like `call`, with a dynamic batch.
+    """Export `model` for calls like `call`, with a dynamic batch where the model allows one.
 
-    The model is exported as it is (shared weights, not copied) and left unchanged. `torch.export` first runs without
-    tracing Python bytecode (the more tolerant way), then with it.
+    The model is exported as it is (shared weights, not copied) and left unchanged. The ways of `torch.export` are tried
+    from the most general to the most special: without tracing Python bytecode (the more tolerant way), then with it; with
+    the values that the model reads on the host fixed; each with a dynamic batch, then with the batch of `call`.
 
     Raises:
         CaptureError: names the operation and the source line of the model that `torch.export` stopped at.
     """
-    adapter = _Adapter(model, call)
-    examples = _spread_batch(call)
-    dynamic = [{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves]
     failures: list[Exception] = []
-    for shapes, strict, note in (
-        (dynamic, False, ""),
-        (dynamic, True, ""),
-        (None, False, "the batch size is fixed: the model does not allow a dynamic one"),
+    for way in (
+        _Way(),
+        _Way(strict=True),
+        _Way(dynamic=False),
+        _Way(reads=True),
+        _Way(dynamic=False, reads=True),
     ):
-        inputs = examples if shapes is not None else call.tensors
+        if failures and way.dynamic and any(isinstance(failure, _BatchIsFixedError) for failure in failures):
+            continue
         try:
-            with torch.no_grad(), _quiet():
-                program = torch.export.export(
-                    adapter, tuple(inputs), dynamic_shapes=None if shapes is None else (tuple(shapes),), strict=strict
-                )
-                if _has_mutation(program.graph):
-                    program = program.run_decompositions({})
+            return _export(model, call, way)
         except Exception as error:  # torch.export raises errors of many classes
             failures.append(error)
-            continue
-        graph_module = program.module(check_guards=False)
-        assert isinstance(graph_module, fx.GraphModule)
-        _tidy(graph_module)
-        return Capture(
-            graph_module, call.leaves, call.latents, inputs[call.latents].shape[0], adapter.output_spec(call.tensors), notes=[note] if note else []
+    raise CaptureError(_explain(model, next((f for f in failures if not isinstance(f, _BatchIsFixedError)), failures[0])))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to export: batch dynamic or that of the call, Python bytecode traced or not, host reads fixed or not."""
+
+    dynamic: bool = True
+    strict: bool = False
+    reads: bool = False
+
+
+class _BatchIsFixedError(Exception):
+    """The model's own code allows only the batch size of the example."""
+
+
+def _export(model: nn.Module, call: Call, way: _Way) -> Capture:
+    adapter = _Adapter(model, call)
+    tensors = _spread_batch(call) if way.dynamic else list(call.tensors)
+    shapes = ([{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves],) if way.dynamic else None
+    if shapes is not None and not call.leaves[call.latents].batched:
+        raise _BatchIsFixedError
+    with torch.no_grad(), _quiet():
+        if way.reads:
+            recorder = Recorder()
+            with recorder:
+                adapter(*tensors)
+            adapter.reads = recorder.reads
+        program = torch.export.export(
+            adapter, tuple(tensors), dynamic_shapes=None if shapes is None else tuple(map(tuple, shapes)), strict=way.strict
         )
-    raise CaptureError(_explain(model, failures[0]))
+        if _has_mutation(program.graph):
+            program = program.run_decompositions({})
+    graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    _tidy(graph_module)
+    reads, notes = None, []
+    if way.reads and adapter.sources:
+        guard = split_reads(graph_module, adapter.sources)
+        if guard is None:
+            raise RuntimeError("control flow depends on what the model computes (routing to experts, say), not on its inputs")
+        reads = HostReads(guard, [value.clone() for value in guard(*tensors)])
+        notes.append(f"{adapter.sources} values that the model reads from its inputs are fixed: others are captured again")
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    sizes = [node.meta["val"].shape for node in placeholders]
+    if way.dynamic and not isinstance(sizes[call.latents][0], torch.SymInt):
+        raise _BatchIsFixedError
+    if not way.dynamic:
+        notes.append("the batch size is fixed: the model does not allow a dynamic one")
+    batch = tensors[call.latents].shape[0] if way.dynamic else call.batch
+    spec = adapter.output_spec(tensors)
+    return Capture(graph_module, call.leaves, call.latents, batch, spec, notes, None if way.dynamic else call.batch, reads)
 
 
 @contextmanager
@@ -204,12 +259,24 @@ class _Adapter(nn.Module):
         self.model = model
         self._call = call
         self._seen = _Seen()
+        self.reads: list[Any] | None = None
 
     def forward(self, *tensors: Tensor) -> list[Any]:
-        output = self.model(**self._call.arguments(tensors))
+        arguments = self._call.arguments(tensors)
+        replayer = None if self.reads is None else Replayer(self.reads)
+        with replayer or nullcontext():
+            output = self.model(**arguments)
         flat, spec = pytree.tree_flatten(output)
         self._seen.output_spec = spec
+        if replayer is not None:
+            self._seen.sources = len(replayer.sources)
+            flat += [source.clone() for source in replayer.sources]
         return flat
+
+    @property
+    def sources(self) -> int:
+        """How many of the outputs are tensors that the model read on the host."""
+        return self._seen.sources
 
     def output_spec(self, tensors: Sequence[Tensor]) -> pytree.TreeSpec:
         """The structure of the model's output; Dynamo traces without running `forward`, so it is run then."""
@@ -224,6 +291,7 @@ class _Seen:
     """What the traced forward leaves behind; opaque to torch.export, which restores a module's own attributes."""
 
     output_spec: pytree.TreeSpec | None = None
+    sources: int = 0
 
 
 def _spread_batch(call: Call) -> list[Tensor]:

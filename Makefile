@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target that needs it makes. pip only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint bench docs clean
+
+help:
+	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
+	@echo "make test   the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  benchmarks: long, prints ratios"
+	@echo "make docs   write the generated pages of docs/"
+
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/lazycompress demo out/demo
+
+test: $(STAMP)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks
+
+docs: $(STAMP)
+	$(BIN)/python -m tests.docs
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,72 @@
+"""lazycompress: makes any Diffusion Transformer lazy, and ships it as ONNX or OpenVINO with real control flow."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from .errors import (
+    CaptureError,
+    ExportError,
+    InputError,
+    LazyCompressError,
+    LocateError,
+    MissingExtraError,
+    RecipeError,
+)
+
+if TYPE_CHECKING:
+    from .api import apply, locate
+    from .export.folder import export, verify
+    from .graph.locate import Branch
+    from .recipe import Recipe
+    from .runtime import LazyModel
+    from .storage import load, save
+
+# `lazycompress.export` is the function. Importing the subpackage of that name once, and dropping the attribute that the
+# import machinery sets, keeps it so: the attribute is set at the first import only.
+importlib.import_module(".export", __name__)
+globals().pop("export", None)
+
+_LAZY = {
+    "apply": "api",
+    "locate": "api",
+    "export": "export.folder",
+    "verify": "export.folder",
+    "Branch": "graph.locate",
+    "Recipe": "recipe",
+    "LazyModel": "runtime",
+    "load": "storage",
+    "save": "storage",
+}
+
+__all__ = [
+    "Branch",
+    "CaptureError",
+    "ExportError",
+    "InputError",
+    "LazyCompressError",
+    "LazyModel",
+    "LocateError",
+    "MissingExtraError",
+    "Recipe",
+    "RecipeError",
+    "__version__",
+    "apply",
+    "export",
+    "load",
+    "locate",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import lazycompress` stays light."""
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,179 @@
+"""Recipes: everything a user may want to choose, as YAML checked by pydantic. Unknown keys are refused.
+
+Every field has a default and a one-line description; `docs/recipes.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import RecipeError
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Condition(_Section):
+    """One conditioning input that a recipe's own sampler makes up, drawn anew for each sampling run."""
+
+    kind: Literal["integers", "normal", "constant"] = Field("normal", description="how its values are drawn")
+    shape: list[int] = Field(default_factory=list, description="sizes without the batch")
+    low: int = Field(0, description="smallest integer (integers)")
+    high: int = Field(2, description="one more than the largest integer (integers)")
+    value: float = Field(0.0, description="the value (constant)")
+    dtype: str = Field("", description="torch dtype; empty: int64 for integers, else the model's")
+
+
+class Sampling(_Section):
+    """A denoising loop that needs no pipeline: a diffusers scheduler over random latents."""
+
+    scheduler: str = Field("DDIMScheduler", description="class name of a diffusers scheduler")
+    scheduler_config: dict[str, Any] = Field(default_factory=dict, description="its configuration")
+    steps: int = Field(50, ge=1, description="denoising steps")
+    batch: int = Field(32, ge=1, description="images per sampling run")
+    latents: list[int] = Field(description="shape of one latent image, without the batch")
+    latents_input: str = Field("hidden_states", description="the model's argument for the latents")
+    timestep_input: str = Field("timestep", description="the model's argument for the timestep")
+    conditions: dict[str, Condition] = Field(default_factory=dict, description="the model's other tensor arguments")
+    constants: dict[str, Any] = Field(default_factory=dict, description="the model's other arguments, as they are")
+
+
+class Guards(_Section):
+    """Where a branch may not reuse, whatever its gate says."""
+
+    warmup_steps: int = Field(1, ge=1, description="first steps that compute everything (the first one always does)")
+    last_steps: int = Field(0, ge=0, description="last steps that compute everything")
+    max_reuse: int = Field(8, ge=1, description="longest run of steps that one output is reused for")
+    exclude: list[str] = Field(
+        default_factory=list, description="branches that always compute: names, or patterns that begin with re:"
+    )
+
+
+class Train(_Section):
+    """How the gates are learned: in the sampler's own loop, judged by its final image."""
+
+    enabled: bool = Field(True, description="false leaves the gates untrained: they always compute")
+    seed: int = Field(0, description="seed of the noise and of the probes")
+    effort: Annotated[float, Field(gt=0.0)] = Field(1.0, description="multiplies the sampling runs spent on training")
+
+
+class Gating(_Section):
+    """The gates' table."""
+
+    grid: int = Field(64, ge=1, description="most timesteps in the table; fewer if the sampler has fewer steps")
+    timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
+
+
+class Export(_Section):
+    """What `lazycompress.export` writes unless told otherwise."""
+
+    format: Literal["openvino", "onnx"] = Field("openvino", description="file format")
+    telemetry: bool = Field(False, description="add an output with the decisions of each step")
+
+
+class Recipe(_Section):
+    """A whole recipe. Every key may be left out."""
+
+    target: Share = Field(0.5, description="share of the branches' MACs that may be computed")
+    gates: Gating = Field(default_factory=Gating, description="the gates' table")
+    guards: Guards = Field(default_factory=Guards, description="where reuse is forbidden")
+    train: Train = Field(default_factory=Train, description="how the gates are learned")
+    sampling: Sampling | None = Field(None, description="a sampler for models that come without a pipeline")
+    export: Export = Field(default_factory=Export, description="defaults of lazycompress.export")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package: file name -> first comment line."""
+    folder = importlib.resources.files("lazycompress.recipes")
+    found = {}
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            first = entry.read_text(encoding="utf-8").splitlines()[:1]
+            found[entry.name] = first[0].lstrip("# ") if first else ""
+    return found
+
+
+def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe from a path, the name of a shipped recipe, or a dictionary.
+
+    Args:
+        source: where the recipe is. A path wins over a shipped recipe of the same name.
+        overrides: dotted keys and values that replace the recipe's, such as `{"guards.warmup_steps": 2}`.
+
+    Raises:
+        RecipeError: there is no such recipe, it is not YAML, or a key or value in it is wrong; names file and key.
+    """
+    if isinstance(source, Recipe):
+        data: Any = source.model_dump()
+        where = "recipe"
+    elif isinstance(source, Mapping):
+        data, where = dict(source), "recipe"
+    else:
+        text, where = _read(source)
+        try:
+            data = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys, there was {type(data).__name__}")
+    for key, value in (overrides or {}).items():
+        _override(data, key, value, where)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from None
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    path = Path(source)
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    shipped = shipped_recipes()
+    name = path.name if path.name in shipped else f"{path.name}.yaml"
+    if path.parent == Path() and name in shipped:
+        return importlib.resources.files("lazycompress.recipes").joinpath(name).read_text(encoding="utf-8"), name
+    raise RecipeError(f"no recipe {str(source)!r}: neither a file nor one of the shipped {', '.join(shipped)}")
+
+
+def _override(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise RecipeError(f"{where}: cannot set {key}: {parent} is not a section")
+    data[last] = value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _fields(Recipe, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    return f"{where}: key {key!r}: {first['msg'].lower()}; there was {first['input']!r}"
+
+
+def _fields(section: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation: Any = section.model_fields[part].annotation if part in section.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), section)
+    return list(section.model_fields)

@@ -1,0 +1,138 @@
+"""Gates on disk: `gates.safetensors` with the numbers, `gates.json` with what they belong to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from . import __version__
+from .errors import ExportError, InputError
+from .gate import Gates
+from .graph.capture import Call, take_apart
+from .recipe import Recipe
+from .runtime import LazyModel
+
+GATES_FILE = "gates.safetensors"
+DESCRIPTION_FILE = "gates.json"
+
+
+@contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `directory` only when the block ends without an error.
+
+    Raises:
+        ExportError: the folder cannot be made there.
+    """
+    directory = directory.absolute()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is a file")
+        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {directory}: {error.strerror or error}; choose another folder") from None
+    try:
+        yield beside
+        if directory.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            os.replace(directory, old / "it")
+            os.replace(beside, directory)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, directory)
+        directory.chmod(0o755)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def save(lazy: LazyModel, directory: str | Path) -> Path:
+    """Write the gates of a lazy model; the model's own weights are not written.
+
+    Raises:
+        ExportError: the folder cannot be written.
+    """
+    call = lazy.example
+    description = {
+        "lazycompress": __version__,
+        "recipe": lazy.recipe.model_dump(mode="json") if lazy.recipe is not None else None,
+        "direction": int(lazy.gates.direction),
+        "timestep_input": lazy.timestep_input,
+        "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
+        "grid": lazy.gates.grid.tolist(),
+        "example": {
+            "spec": pytree.treespec_dumps(call.spec),
+            "tensors": [
+                {"name": leaf.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+                for t, leaf in zip(call.tensors, call.leaves, strict=True)
+            ],
+            "others": {str(k): v for k, v in call.others.items()},
+        },
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in lazy.gates.state_dict().items()}
+    with whole_folder(Path(directory)) as folder:
+        save_file(tensors, folder / GATES_FILE)
+        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
+    return Path(directory)
+
+
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+) -> LazyModel:
+    """A lazy model from a dense one and the folder that `save` wrote.
+
+    Args:
+        model: the model that the gates were trained for; it is left as it is.
+        directory: where the gates are.
+        example_inputs: arguments of one call; left out, tensors like those at training are made up.
+
+    Raises:
+        ExportError: the folder holds no gates.
+        LazyCompressError: the gates do not fit the model.
+    """
+    folder = Path(directory)
+    for name in (GATES_FILE, DESCRIPTION_FILE):
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder} holds no gates: {name} is missing; lazycompress.save writes it")
+    description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(folder / GATES_FILE)
+    branches = description["branches"]
+    gates = Gates(
+        [b["name"] for b in branches], [b["width"] for b in branches], tensors["grid"], description["direction"]
+    )
+    gates.load_state_dict(tensors)
+    if example_inputs is not None:
+        mapping = isinstance(example_inputs, Mapping)
+        call = take_apart(model, () if mapping else example_inputs, example_inputs if mapping else {})
+    else:
+        call = _made_up(model, description["example"])
+    lazy = LazyModel(model, call, gates, timestep_input=description["timestep_input"])
+    lazy.recipe = Recipe.model_validate(description["recipe"]) if description["recipe"] else None
+    return lazy
+
+
+def _made_up(model: nn.Module, example: dict[str, Any]) -> Call:
+    parameter = next(model.parameters())
+    tensors: list[Any] = []
+    for entry in example["tensors"]:
+        dtype = getattr(torch, entry["dtype"])
+        tensors.append(torch.zeros(entry["shape"], dtype=dtype, device=parameter.device))
+    for position, value in sorted(example["others"].items(), key=lambda item: int(item[0])):
+        tensors.insert(int(position), value)
+    arguments = pytree.tree_unflatten(tensors, pytree.treespec_loads(example["spec"]))
+    if not isinstance(arguments, dict):
+        raise InputError("the saved example inputs are not a dictionary: pass example_inputs")
+    return take_apart(model, (), arguments)
