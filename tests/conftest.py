@@ -1,0 +1,37 @@
+"""What every test may use: one thread a process, the bundled model, gates that decide differently by sample and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lazycompress.gate import Gates
+from lazycompress.graph.locate import Branch
+from lazycompress.integrations.digits.model import load_bundled
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits() -> nn.Module:
+    """The bundled DiT; tests must not change it."""
+    return load_bundled()
+
+
+@pytest.fixture
+def lively_gates() -> Callable[[list[Branch]], Gates]:
+    """Gates whose scores depend on sample, step and branch, about half of them above the threshold."""
+
+    def make(branches: list[Branch]) -> Gates:
+        gates = Gates([b.name for b in branches], [b.width for b in branches], torch.linspace(0, 980, 50))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            gates.bias.copy_(torch.randn(gates.bias.shape, generator=generator) * 3)
+            for weight in gates.weights:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        return gates
+
+    return make
