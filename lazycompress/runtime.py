@@ -103,6 +103,13 @@ class LazyModel(nn.Module):
                 raise
             return getattr(super().__getattr__("model"), name)
 
+    @property
+    def past_timestep(self) -> Tensor:
+        """Timesteps of the last call, float32 [batch]."""
+        if self._state is None:
+            raise LazyCompressError("the lazy model has not been called since its last reset")
+        return self._state[0]
+
     # -- running ----------------------------------------------------------------------------------------------------
 
     @property
