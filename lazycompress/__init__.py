@@ -19,7 +19,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .api import apply, locate
-    from .export.folder import export, verify
+    from .export.folder import export
     from .graph.locate import Branch
     from .recipe import Recipe
     from .runtime import LazyModel
@@ -34,7 +34,6 @@ _LAZY = {
     "apply": "api",
     "locate": "api",
     "export": "export.folder",
-    "verify": "export.folder",
     "Branch": "graph.locate",
     "Recipe": "recipe",
     "LazyModel": "runtime",
@@ -59,7 +58,6 @@ __all__ = [
     "load",
     "locate",
     "save",
-    "verify",
 ]
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .errors import InputError
-from .graph.capture import Call, capture, take_apart
+from .graph.capture import ExampleInputs, call_of, capture
 from .graph.locate import Branch, locate_branches
 from .recipe import Recipe, load_recipe
 from .runtime import LazyModel
 from .sampling import Sampler, build_inputs, build_sampler, first_call
-
-ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 
 def locate(model: nn.Module, example_inputs: ExampleInputs) -> list[Branch]:
@@ -33,7 +31,7 @@ def locate(model: nn.Module, example_inputs: ExampleInputs) -> list[Branch]:
         CaptureError: the model cannot be captured; names the operation and its source line.
         LocateError: the model holds no residual branch with attention.
     """
-    captured = capture(model, _call(model, example_inputs))
+    captured = capture(model, call_of(model, example_inputs))
     return locate_branches(captured.graph_module.graph, captured.batch)
 
 
@@ -83,16 +81,10 @@ def apply(
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")
         sampling = chosen.sampling
         example_inputs = build_inputs(model, sampling) if sampling is not None else first_call(model, sampler)
-    lazy = LazyModel(model, _call(model, example_inputs), timestep_input=chosen.gates.timestep_input or None)
+    lazy = LazyModel(model, call_of(model, example_inputs), timestep_input=chosen.gates.timestep_input or None)
     lazy.recipe = chosen
     if chosen.train.enabled and sampler is not None:
         from .train.trainer import train_gates
 
         lazy.training_report = train_gates(lazy, sampler, chosen, progress=progress)
     return lazy
-
-
-def _call(model: nn.Module, example_inputs: ExampleInputs) -> Call:
-    if isinstance(example_inputs, Mapping):
-        return take_apart(model, (), example_inputs)
-    return take_apart(model, example_inputs, {})

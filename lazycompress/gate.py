@@ -19,6 +19,7 @@ one opaque node where a gate is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def select(fresh: Tensor, cache: Tensor, lazy: Tensor) -> Tensor:
     return torch.where(lazy.unsqueeze(1), cache.reshape(rows.shape), rows).reshape(fresh.shape)
 
 
-_library = torch.library.Library("lazycompress", "DEF")
+_library: Any = torch.library.Library("lazycompress", "DEF")  # type: ignore[no-untyped-call]
 for _function, _schema in (
     (enter, "(Tensor stream, int branch, int position) -> Tensor"),
     (timestep_per_sample, "(Tensor timestep, Tensor latents) -> Tensor"),

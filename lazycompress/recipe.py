@@ -85,11 +85,11 @@ class Recipe(_Section):
     """A whole recipe. Every key may be left out."""
 
     target: Share = Field(0.5, description="share of the branches' MACs that may be computed")
-    gates: Gating = Field(default_factory=Gating, description="the gates' table")
-    guards: Guards = Field(default_factory=Guards, description="where reuse is forbidden")
-    train: Train = Field(default_factory=Train, description="how the gates are learned")
+    gates: Gating = Field(Gating(), description="the gates' table")
+    guards: Guards = Field(Guards(), description="where reuse is forbidden")
+    train: Train = Field(Train(), description="how the gates are learned")
     sampling: Sampling | None = Field(None, description="a sampler for models that come without a pipeline")
-    export: Export = Field(default_factory=Export, description="defaults of lazycompress.export")
+    export: Export = Field(Export(), description="defaults of lazycompress.export")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

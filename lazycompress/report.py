@@ -5,13 +5,23 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .graph.locate import Branch
+
+class NamedBranch(Protocol):
+    """What a table needs to know of a branch."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def macs(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Summary:
         reused: per branch, the share of its runs that were reused.
     """
 
-    branches: Sequence[Branch]
+    branches: Sequence[NamedBranch]
     skip_ratio: float
     macs_ratio: float
     reused: list[float]
@@ -33,16 +43,16 @@ class Summary:
     def __str__(self) -> str:
         total = sum(branch.macs for branch in self.branches)
         table = Table(title=f"{len(self.branches)} branches, {self.calls} calls")
-        for header, right in (("branch", False), ("kind", False), ("streams", True), ("MMACs", True), ("share", True), ("reused", True)):
+        for header, right in (("branch", False), ("kind", False), ("MMACs", True), ("share", True), ("reused", True)):
             table.add_column(header, justify="right" if right else "left", no_wrap=True)
         for branch, reused in zip(self.branches, self.reused, strict=True):
             table.add_row(
-                branch.name, branch.kind, str(len(branch.streams)), f"{branch.macs / 1e6:.3f}", f"{branch.macs / total:.1%}",
+                branch.name, branch.kind, f"{branch.macs / 1e6:.3f}", f"{branch.macs / total:.1%}",
                 f"{reused:.1%}",
             )  # fmt: skip
         table.add_section()
         table.add_row(
-            "all", "", "", f"{total / 1e6:.3f}", f"computed {self.macs_ratio:.1%}", f"{self.skip_ratio:.1%}", style="bold"
+            "all", "", f"{total / 1e6:.3f}", f"computed {self.macs_ratio:.1%}", f"{self.skip_ratio:.1%}", style="bold"
         )
         return render(table)
 
@@ -85,7 +95,7 @@ class Usage:
             return [], torch.zeros(0, len(self.macs))
         return times, torch.stack([self.reused[t] / self.seen[t] for t in times])
 
-    def summary(self, branches: Sequence[Branch]) -> Summary:
+    def summary(self, branches: Sequence[NamedBranch]) -> Summary:
         runs = sum(self.seen.values())
         reused = sum(self.reused.values(), torch.zeros(len(self.macs)))
         shares = (reused / max(runs, 1)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,10 +16,12 @@ from .gate import Gates
 from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
 from .graph.locate import Branch, locate_branches
-from .graph.ops import macs_of
 from .graph.lower import Controller, lazy_branches, lower
+from .graph.ops import macs_of
 from .recipe import Recipe
 from .report import Summary, Usage
+
+_log = logging.getLogger(__name__)
 
 Policy = Literal["learned", "compute", "reuse"]
 
@@ -60,7 +63,7 @@ class LazyModel(nn.Module):
         self.timestep_input = timestep_input
         self.recipe: Recipe | None = None
         self.training_report: Any = None
-        self._programs: dict[CallKey, _Program] = {}
+        self._programs: dict[CallKey, list[_Program]] = {}
         self._state: list[Tensor] | None = None
         self._state_key: Any = None
         self._policy: Policy = "learned"
@@ -77,7 +80,7 @@ class LazyModel(nn.Module):
             )
         #: Multiply-accumulates of one dense call per sample, branches and all else.
         self.dense_macs = sum(macs_of(node) for node in captured.graph_module.graph.nodes) // captured.batch
-        self._programs[example.key] = self._build(captured, example)
+        self._programs[example.key] = [self._build(captured, example)]
         self.usage = Usage([branch.macs for branch in self.branches])
 
     # -- what the original model has ------------------------------------------------------------------------------
@@ -130,11 +133,13 @@ class LazyModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self.model, args, kwargs)
         program = self.program(call)
-        threshold = torch.tensor(_THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device)
-        if self._state is None or self._state_key != (call.key, call.batch):
+        threshold = torch.tensor(
+            _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
+        )
+        if self._state is None or self._state_key != (call.key, call.batch, id(program)):
             device = call.tensors[call.latents].device
             self._state = [spec.fresh(call.batch, device) for spec in program.lowered.state]
-            self._state_key = (call.key, call.batch)
+            self._state_key = (call.key, call.batch, id(program))
         results = program.lowered.graph_module(*call.tensors, threshold, *self._state)
         count = program.lowered.outputs
         self._state = [value.detach() for value in results[count:-1]]
@@ -143,17 +148,27 @@ class LazyModel(nn.Module):
 
     def program(self, call: Call) -> _Program:
         """The capture that runs `call`, made now if this kind of call is new."""
-        if call.key not in self._programs:
-            self._programs[call.key] = self._build(capture(self.model, call), call)
-        return self._programs[call.key]
+        programs = self._programs.setdefault(call.key, [])
+        for program in programs:
+            if program.captured.serves(call):
+                return program
+        _log.warning(
+            "lazycompress captures %s again: sizes, batch or fixed values differ from every call so far; weights and "
+            "gates are shared",
+            type(self.model).__name__,
+        )
+        program = self._build(capture(self.model, call), call)
+        programs.append(program)
+        return program
 
     def set_gates(self, gates: Gates) -> None:
         """Use other gates, of any timestep grid, in every capture there is."""
         self.gates = gates
-        for key, program in list(self._programs.items()):
-            flat = program.flat
-            flat = insert_gates(program.captured, flat.branches, gates, flat.timestep, flat.conditions)
-            self._programs[key] = _Program(program.captured, flat, lower(flat))
+        for programs in self._programs.values():
+            for k, program in enumerate(programs):
+                flat = program.flat
+                flat = insert_gates(program.captured, flat.branches, gates, flat.timestep, flat.conditions)
+                programs[k] = _Program(program.captured, flat, lower(flat))
         self.reset()
 
     def _build(self, captured: Capture, call: Call) -> _Program:
@@ -161,7 +176,9 @@ class LazyModel(nn.Module):
         found = [(b.name, b.width) for b in branches]
         known = [(name, w.shape[1]) for name, w in zip(self.gates.names, self.gates.weights, strict=True)]
         if found != known:
-            raise InputError(f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}")
+            raise InputError(
+                f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}"
+            )
         timestep = find_timestep(call.leaves, call.tensors, self.timestep_input)
         conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
@@ -170,7 +187,7 @@ class LazyModel(nn.Module):
     @contextmanager
     def controlled(self, controller: Controller) -> Iterator[None]:
         """Within the block every branch is computed, and `controller` says what it gives; for training gates."""
-        modules = [b for p in self._programs.values() for b in lazy_branches(p.lowered)]
+        modules = [b for programs in self._programs.values() for p in programs for b in lazy_branches(p.lowered)]
         for module in modules:
             module.controller = controller
         try:

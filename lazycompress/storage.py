@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from . import __version__
 from .errors import ExportError, InputError
 from .gate import Gates
-from .graph.capture import Call, take_apart
+from .graph.capture import Call, ExampleInputs, call_of, take_apart
 from .recipe import Recipe
 from .runtime import LazyModel
 
@@ -90,7 +90,7 @@ def load(
     model: nn.Module,
     directory: str | Path,
     *,
-    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> LazyModel:
     """A lazy model from a dense one and the folder that `save` wrote.
 
@@ -115,8 +115,7 @@ def load(
     )
     gates.load_state_dict(tensors)
     if example_inputs is not None:
-        mapping = isinstance(example_inputs, Mapping)
-        call = take_apart(model, () if mapping else example_inputs, example_inputs if mapping else {})
+        call = call_of(model, example_inputs)
     else:
         call = _made_up(model, description["example"])
     lazy = LazyModel(model, call, gates, timestep_input=description["timestep_input"])

@@ -86,7 +86,7 @@ def _flat_prefix(model: ov.Model) -> str:
     aliases = [alias for port in model.inputs for alias in port.get_names()]
     for alias in aliases:
         if alias.endswith("_0") and not alias[:-2].isdigit():
-            return alias[:-1]
+            return str(alias[:-1])
     raise ExportError(f"cannot tell the converted inputs apart: {sorted(aliases)[:8]}")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ExportError, InputError, MissingExtraError
 from ..report import Summary, Usage
+from .folder import read_card
 from .openvino import MODEL_FILE
 from .trace import DECISIONS
 
@@ -42,20 +43,53 @@ class OpenVINORunner:
         properties = {"INFERENCE_PRECISION_HINT": "f32", **(config or {})}
         self.compiled = ov.Core().compile_model(path, device, properties)
         self.request = self.compiled.create_infer_request()
-        self._inputs = {port.get_any_name(): port for port in self.compiled.inputs}
+        card = read_card(directory)
+        self._timestep: str = card["timestep"]
+        self._inputs = [port.get_any_name() for port in self.compiled.inputs]
         self._outputs = [port.get_any_name() for port in self.compiled.outputs]
-        self._branches = branches_of(Path(directory))
+        self._branches = [FileBranch(**branch) for branch in card["branches"]]
         self.usage = Usage([branch.macs for branch in self._branches])
 
     def __call__(self, **inputs: Any) -> Any:
-        unknown = [name for name in self._inputs if not isinstance(inputs.get(name), Tensor)]
-        if unknown:
-            raise InputError(f"the exported model needs the tensors {', '.join(self._inputs)}; missing: {', '.join(unknown)}")
-        feed = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs}
-        results = self.request.infer(feed)
+        missing = [name for name in self._inputs if not isinstance(inputs.get(name), Tensor)]
+        if missing:
+            raise InputError(
+                f"the exported model needs the tensors {', '.join(self._inputs)}; missing: {', '.join(missing)}"
+            )
+        results = self.request.infer({name: inputs[name].detach().contiguous().numpy() for name in self._inputs})
         found = {name: torch.from_numpy(results[name].copy()) for name in self._outputs}
         decisions = found.pop(DECISIONS, None)
-        timestep = next((n for n in self._inputs if n == self._timestep), None)
-        if decisions is not None and timestep is not None:
-            self.usage.add(inputs[timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
-        return _Output(found)
+        if decisions is not None:
+            self.usage.add(inputs[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
+        return Output(found)
+
+    def reset(self) -> None:
+        """Forget the image that was sampled last, and the statistics."""
+        self.request.reset_state()
+        self.usage.clear()
+
+    def summary(self) -> Summary:
+        """What was reused since the last reset; all zero for a file without telemetry."""
+        return self.usage.summary(self._branches)
+
+
+@dataclass(frozen=True)
+class FileBranch:
+    """What an export's description says about a branch."""
+
+    name: str
+    kind: str
+    macs: int
+
+
+class Output(dict[str, Tensor]):
+    """Outputs by name, as attributes, and by position."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the exported model has no output {name!r}; it has {', '.join(self)}") from None
+
+    def __getitem__(self, key: str | int) -> Tensor:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)

@@ -26,10 +26,10 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import CaptureError, InputError
 from .hostreads import HostReads, Recorder, Replayer, split_reads
-from .ops import op_name, shape_of
+from .ops import is_dynamic, op_name, remove_dead, shape_of
 
-#: Arguments that only choose the form of the result; every capture fixes them.
-Inputs = Mapping[str, Any] | Sequence[Any]
+#: Keyword arguments of one forward call, or a tuple of positional ones.
+ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,19 @@ def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     latents = streams[0]
     batch = tensors[latents].shape[0]
     leaves = [
-        Leaf(name, t.dim() > 0 and t.shape[0] == batch and (t.dim() == 1 or i == latents or _may_be_batched(t, tensors)))
+        Leaf(
+            name, t.dim() > 0 and t.shape[0] == batch and (t.dim() == 1 or i == latents or _may_be_batched(t, tensors))
+        )
         for i, (name, t) in enumerate(zip(names, tensors, strict=True))
     ]
     return Call(tensors, leaves, others, spec, batch, latents)
+
+
+def call_of(model: nn.Module, example_inputs: ExampleInputs) -> Call:
+    """`take_apart` for inputs in either form."""
+    if isinstance(example_inputs, Mapping):
+        return take_apart(model, (), example_inputs)
+    return take_apart(model, example_inputs, {})
 
 
 def _may_be_batched(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -174,7 +183,6 @@ def capture(model: nn.Module, call: Call) -> Capture:
         _Way(),
         _Way(strict=True),
         _Way(dynamic=False),
-        _Way(reads=True),
         _Way(dynamic=False, reads=True),
     ):
         if failures and way.dynamic and any(isinstance(failure, _BatchIsFixedError) for failure in failures):
@@ -183,7 +191,9 @@ def capture(model: nn.Module, call: Call) -> Capture:
             return _export(model, call, way)
         except Exception as error:  # torch.export raises errors of many classes
             failures.append(error)
-    raise CaptureError(_explain(model, next((f for f in failures if not isinstance(f, _BatchIsFixedError)), failures[0])))
+    raise CaptureError(
+        _explain(model, next((f for f in failures if not isinstance(f, _BatchIsFixedError)), failures[0]))
+    )
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,10 @@ def _export(model: nn.Module, call: Call, way: _Way) -> Capture:
                 adapter(*tensors)
             adapter.reads = recorder.reads
         program = torch.export.export(
-            adapter, tuple(tensors), dynamic_shapes=None if shapes is None else tuple(map(tuple, shapes)), strict=way.strict
+            adapter,
+            tuple(tensors),
+            dynamic_shapes=None if shapes is None else tuple(map(tuple, shapes)),
+            strict=way.strict,
         )
         if _has_mutation(program.graph):
             program = program.run_decompositions({})
@@ -223,18 +236,24 @@ def _export(model: nn.Module, call: Call, way: _Way) -> Capture:
     if way.reads and adapter.sources:
         guard = split_reads(graph_module, adapter.sources)
         if guard is None:
-            raise RuntimeError("control flow depends on what the model computes (routing to experts, say), not on its inputs")
+            raise RuntimeError(
+                "control flow depends on what the model computes (routing to experts, say), not on its inputs"
+            )
         reads = HostReads(guard, [value.clone() for value in guard(*tensors)])
-        notes.append(f"{adapter.sources} values that the model reads from its inputs are fixed: others are captured again")
+        notes.append(
+            f"{adapter.sources} values that the model reads from its inputs are fixed: others are captured again"
+        )
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     sizes = [node.meta["val"].shape for node in placeholders]
-    if way.dynamic and not isinstance(sizes[call.latents][0], torch.SymInt):
+    if way.dynamic and not is_dynamic(sizes[call.latents][0]):
         raise _BatchIsFixedError
     if not way.dynamic:
         notes.append("the batch size is fixed: the model does not allow a dynamic one")
     batch = tensors[call.latents].shape[0] if way.dynamic else call.batch
     spec = adapter.output_spec(tensors)
-    return Capture(graph_module, call.leaves, call.latents, batch, spec, notes, None if way.dynamic else call.batch, reads)
+    return Capture(
+        graph_module, call.leaves, call.latents, batch, spec, notes, None if way.dynamic else call.batch, reads
+    )
 
 
 @contextmanager
@@ -298,9 +317,7 @@ def _spread_batch(call: Call) -> list[Tensor]:
     """Example tensors whose batch is a size that `torch.export` does not specialise on (not 0 or 1)."""
     if call.batch > 1:
         return list(call.tensors)
-    return [
-        torch.cat([t, t]) if leaf.batched else t for t, leaf in zip(call.tensors, call.leaves, strict=True)
-    ]
+    return [torch.cat([t, t]) if leaf.batched else t for t, leaf in zip(call.tensors, call.leaves, strict=True)]
 
 
 def _has_mutation(graph: fx.Graph) -> bool:
@@ -322,7 +339,7 @@ def _tidy(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
     _sizes_from_placeholders(graph)
     graph.set_codegen(fx.graph.CodeGen())
-    graph.eliminate_dead_code()
+    remove_dead(graph)
     graph_module.recompile()
 
 
@@ -338,7 +355,11 @@ def _sizes_from_placeholders(graph: fx.Graph) -> None:
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         value = node.meta.get("val")
         for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol) and size.node.expr not in symbols:
+            if (
+                isinstance(size, torch.SymInt)
+                and isinstance(size.node.expr, sympy.Symbol)
+                and size.node.expr not in symbols
+            ):
                 with graph.inserting_after(last):
                     known = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
                     known.meta["val"] = size
@@ -347,6 +368,10 @@ def _sizes_from_placeholders(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.op != "call_function" or node in known_nodes or not isinstance(value, torch.SymInt):
+            continue
+        if value.node.expr.is_Integer:
+            for user in list(node.users):
+                user.args = fx.map_arg(user.args, lambda n, node=node, value=value: int(value.node.expr) if n is node else n)
             continue
         with graph.inserting_before(node):
             rebuilt = size_node(graph, value.node.expr, symbols)

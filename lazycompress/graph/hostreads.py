@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from .ops import is_heavy
+from .ops import is_heavy, remove_dead
 
 _SCALARS = frozenset({"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"})
 
@@ -58,7 +58,10 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _SCALARS and args and isinstance(args[0], Tensor):
             value = func(*args, **kwargs)
-            self.reads.append(_Read(name, value))
+            if name == "tolist":  # what is traced reads a list item by item
+                self.reads += [_Read("item", item) for item in _flat(value)]
+            else:
+                self.reads.append(_Read(name, value))
             return value
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], _resolve(args[1], self._read), *args[2:])
@@ -94,6 +97,10 @@ class Replayer(TorchFunctionMode):
         return read.value
 
 
+def _flat(value: Any) -> list[Any]:
+    return [item for part in value for item in _flat(part)] if isinstance(value, list) else [value]
+
+
 def _resolve(key: Any, read: Any) -> Any:
     """An index with its masks and the tensors in its slices replaced by what is read from them."""
     if isinstance(key, slice):
@@ -126,10 +133,10 @@ def split_reads(graph_module: fx.GraphModule, count: int) -> fx.GraphModule | No
     guard.output(guard.graph_copy(graph, mapped))  # type: ignore[arg-type]
     last = next(node for node in guard.nodes if node.op == "output")
     last.args = (tuple(mapped[node] for node in wanted),)
-    guard.eliminate_dead_code()
+    remove_dead(guard)
     if any(is_heavy(node) for node in guard.nodes):
         return None
     output.args = (type(output.args[0])(results[: len(results) - count]),)
-    graph.eliminate_dead_code()
+    remove_dead(graph)
     graph_module.recompile()
     return fx.GraphModule(graph_module, guard)

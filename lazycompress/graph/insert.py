@@ -24,7 +24,9 @@ from .ops import size_hint
 _ops = torch.ops.lazycompress
 
 #: Argument names that diffusion models give to the position in the denoising process.
-_TIMESTEP = re.compile(r"(^|[._])(time_?steps?|t|time|times|sigmas?|noise_labels?|noise_levels?|t_emb_in)$", re.IGNORECASE)
+_TIMESTEP = re.compile(
+    r"(^|[._])(time_?steps?|t|time|times|sigmas?|noise_labels?|noise_levels?|t_emb_in)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = 
     """The position of the timestep among the inputs.
 
     Raises:
-        InputError: none of the inputs, or none of rank 0 to 2, goes by a name that timesteps have.
+        InputError: none of the inputs of a plausible size goes by a name that timesteps have.
     """
     names = [leaf.name for leaf in leaves]
     if name is not None:
@@ -70,7 +72,7 @@ def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = 
             raise InputError(f"recipe key timestep_input: no input is called {name!r}; there are {', '.join(names)}")
         return names.index(name)
     for i, (leaf, tensor) in enumerate(zip(leaves, tensors, strict=True)):
-        if _TIMESTEP.search(leaf.name) and tensor.dim() <= 2:
+        if _TIMESTEP.search(leaf.name) and (tensor.dim() <= 2 or tensor.numel() <= 64 * tensor.shape[0]):
             return i
     raise InputError(
         f"none of the inputs {', '.join(names)} looks like the timestep: name it with the recipe key timestep_input"
@@ -85,7 +87,9 @@ def find_conditions(
     What moves from step to step has the sizes of an output (`outputs`, the batch left out): image and sound, where a
     model denoises both. If no input has, it is the latents.
     """
-    moving = {i for i, t in enumerate(tensors) if t.is_floating_point() and tuple(t.shape[1:]) in set(map(tuple, outputs))}
+    moving = {
+        i for i, t in enumerate(tensors) if t.is_floating_point() and tuple(t.shape[1:]) in set(map(tuple, outputs))
+    }
     moving = {i for i in moving if leaves[i].batched and tensors[i].dim() >= 2} or {latents}
     return [
         i
@@ -137,26 +141,46 @@ def insert_gates(
             return inside[i][node]
         return public.get(node)
 
+    marks_of: list[dict[fx.Node, fx.Node]] = [{} for _ in branches]
+
+    def swapped(value: fx.Node, like: fx.Node, dim: int) -> fx.Node:
+        """`value` with its batch brought to dim 0 or back; itself if it is there already."""
+        if dim == 0:
+            return value
+        result = graph.call_function(torch.ops.aten.transpose.int, (value, 0, dim))
+        result.meta = dict(value.meta if value is not like else like.meta)
+        result.meta["val"] = value.meta["val"].transpose(0, dim)
+        return result
+
     def enter(node: fx.Node) -> None:
         for i, position in entries.get(node, ()):
-            mark = graph.call_function(_ops.enter, (public[node], i, position))
-            mark.meta = dict(node.meta)
-            inside[i][node] = mark
+            dim = batch_dim(node, batch)
+            value = swapped(public[node], node, dim)
+            mark = graph.call_function(_ops.enter, (value, i, position))
+            mark.meta = dict(value.meta if dim else node.meta)
+            marks_of[i][node] = mark
+            inside[i][node] = swapped(mark, node, dim)
 
     def leave(i: int, node: fx.Node) -> bool:
         branch = branches[i]
         if any(stream.entry not in inside[i] for stream in branch.streams):
             return False
         if i not in lazies:
-            marks = [inside[i][stream.entry] for stream in branch.streams]
-            dims = [stream.channel_dim for stream in branch.streams]
+            marks = [marks_of[i][stream.entry] for stream in branch.streams]
+            dims = [
+                stream.channel_dim if stream.channel_dim != batch_dim(stream.entry, batch) else 0
+                for stream in branch.streams
+            ]
             weight = graph.get_attr(f"lazy_gates.weights.{i}")
             row = graph.call_function(torch.ops.aten.select.int, (bias, 0, i))
             score = graph.call_function(_ops.score, (marks, dims, hats, weight, row))
             lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
-        select = graph.call_function(_ops.select, (inside[i][node], cache_of[i, node], lazies[i]))
-        select.meta = dict(node.meta)
-        public[node] = chosen[i, node] = select
+        dim = batch_dim(node, batch)
+        fresh = swapped(inside[i][node], node, dim)
+        select = graph.call_function(_ops.select, (fresh, cache_of[i, node], lazies[i]))
+        select.meta = dict(fresh.meta if dim else node.meta)
+        chosen[i, node] = select
+        public[node] = swapped(select, node, dim)
         enter(node)
         return True
 
@@ -170,15 +194,15 @@ def insert_gates(
             if any(read(used, node) is None for used in node.all_input_nodes):
                 left.append(node)
                 continue
-            copied = graph.node_copy(node, lambda used, node=node: read(used, node))
-            i = owner.get(node)
-            if i is None:
+            copied = graph.node_copy(node, {used: read(used, node) for used in node.all_input_nodes}.__getitem__)
+            part = owner.get(node)
+            if part is None:
                 public[node] = copied
                 enter(node)
             else:
-                inside[i][node] = copied
-                if node in branches[i].exits:
-                    pending.append((i, node))
+                inside[part][node] = copied
+                if node in branches[part].exits:
+                    pending.append((part, node))
             pending = [item for item in pending if not leave(*item)]
         if len(left) == len(waiting):
             stuck = sorted({branches[i].name for i, _ in pending})
@@ -211,10 +235,22 @@ class _Root(nn.Module):
                 setattr(self, name, value)
 
 
+def batch_dim(node: fx.Node, batch: int | torch.SymInt) -> int:
+    """The dimension of a value that holds the batch, or a multiple of it: 0, unless the graph says another one."""
+    if not isinstance(batch, torch.SymInt):
+        return 0
+    symbols = batch.node.expr.free_symbols
+    sizes = enumerate(node.meta["val"].shape)
+    dims = [dim for dim, size in sizes if isinstance(size, torch.SymInt) and size.node.expr.free_symbols & symbols]
+    return 0 if not dims or 0 in dims else dims[0]
+
+
 def cache_spec(name: str, node: fx.Node, batch: int | torch.SymInt) -> StateSpec:
     """The state that holds the value of `node`, whose first dimension is the batch or a multiple of it."""
-    value = node.meta["val"]
+    value = node.meta["val"].transpose(0, batch_dim(node, batch))
     scale, rest = divmod(size_hint(value.shape[0]), size_hint(batch))
     if rest or scale == 0:
-        raise LocateError(f"the first dimension of {node.name} {list(value.shape)} is not the batch or a multiple of it")
+        raise LocateError(
+            f"the first dimension of {node.name} {list(value.shape)} is not the batch or a multiple of it"
+        )
     return StateSpec(name, (-1, *(size_hint(s) for s in value.shape[1:])), value.dtype, scale=scale)

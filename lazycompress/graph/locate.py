@@ -27,7 +27,20 @@ import torch
 from torch import fx
 
 from ..errors import LocateError
-from .ops import CHEAP, HEAVY, JOINS, NONLINEAR, SEE_THROUGH, is_heavy, macs_of, op_name, product_axes, rank_of, shape_of
+from .ops import (
+    CHEAP,
+    HEAVY,
+    JOINS,
+    NONLINEAR,
+    SEE_THROUGH,
+    is_data_size,
+    is_heavy,
+    macs_of,
+    op_name,
+    product_axes,
+    rank_of,
+    shape_of,
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,9 @@ class _Index:
         value = self.nodes[i].meta.get("val")
         return isinstance(value, torch.Tensor | list | tuple)
 
+    def is_data_size(self, i: int) -> bool:
+        return is_data_size(self.nodes[i])
+
     def is_ancestor(self, a: int, b: int) -> bool:
         return a < b and bool(self.ancestors[b] >> a & 1)
 
@@ -190,10 +206,18 @@ def _find_joins(index: _Index) -> list[_Join]:
         if best is None:
             continue
         region = index.between([best.stream], [best.residual], tokens_only=True)
-        inner = [j for j in joins if j.output in region and j.stream >= best.stream and any(map(index.heavy.__getitem__, j.region))]
+        inner = [
+            j
+            for j in joins
+            if j.output in region and j.stream >= best.stream and any(map(index.heavy.__getitem__, j.region))
+        ]
         if inner:
             last = max(join.output for join in inner)
-            region = index.between([last], [best.residual], tokens_only=True) if index.is_ancestor(last, best.residual) else set()
+            region = (
+                index.between([last], [best.residual], tokens_only=True)
+                if index.is_ancestor(last, best.residual)
+                else set()
+            )
             best.stream = last
         if not any(index.heavy[j] for j in region):
             continue
@@ -215,7 +239,7 @@ def _stream_of(index: _Index, carrier: int, residual: int, joins: dict[int, _Joi
         live = [j for j in index.inputs[node] if index.depends_on_input[j]]
         if index.names[node] in SEE_THROUGH and live:
             node = live[0]
-        elif index.names[node] in ("aten::mul", "aten::div", "aten::add") and len(live) < 2 or (
+        elif (index.names[node] in ("aten::mul", "aten::div", "aten::add") and len(live) < 2) or (
             index.names[node] in ("aten::mul", "aten::div")
         ):
             tokens = [j for j in live if rank_of(index.nodes[j]) >= 3]
@@ -301,7 +325,8 @@ def _cut(index: _Index, joins: list[_Join]) -> _Cut:
     exits = [_trim_back(index, join.residual, region) for join in joins]
     entries = [_trim_front(index, join.stream, region) for join in joins]
     core = index.between(entries, exits)
-    core = {i for i in core if index.is_tensor(i)}
+    # Sizes are computed anew inside a branch, unless they come from its data (how many tokens an expert gets).
+    core = {i for i in core if index.is_tensor(i) or index.is_data_size(i)}
     # One part of a list made outside (chunk, split) is taken outside too: an operand is a tensor.
     parts = {i for i in core if index.names[i] == "getitem" and index.inputs[i][0] not in core}
     return _Cut(entries, exits, core - parts)
@@ -311,9 +336,13 @@ def _make_branch(index: _Index, cut: _Cut, batch: int) -> Branch:
     core, nodes = cut.core, index.nodes
     heavy = [i for i in sorted(core) if index.heavy[i]]
     escapes = [
-        nodes[i] for i in sorted(core - set(cut.exits)) if any(u not in core for u in index.users[i]) and rank_of(nodes[i]) >= 0
+        nodes[i]
+        for i in sorted(core - set(cut.exits))
+        if any(u not in core for u in index.users[i]) and rank_of(nodes[i]) >= 0
     ]
-    streams = [Stream(nodes[z], nodes[y], _channel_dim(index, z, core)) for z, y in zip(cut.entries, cut.exits, strict=True)]
+    streams = [
+        Stream(nodes[z], nodes[y], _channel_dim(index, z, core)) for z, y in zip(cut.entries, cut.exits, strict=True)
+    ]
     name = _common_module([nodes[i] for i in heavy])
     macs = sum(macs_of(nodes[i]) for i in heavy) // batch
     return Branch(name, _kind_of(index, cut), macs, streams, escapes, [nodes[i] for i in sorted(core)])
@@ -357,7 +386,9 @@ def _only_used_by(index: _Index, cut: _Cut, taken: set[int]) -> set[int]:
     """Work on side inputs that only this branch needs (text keys and values, say), to be skipped with it."""
     extra: set[int] = set()
     for i in range(max(cut.core), -1, -1):
-        if i in taken or i in cut.entries or index.nodes[i].op != "call_function" or not index.is_tensor(i):
+        if i in taken or i in cut.entries or index.nodes[i].op != "call_function":
+            continue
+        if not (index.is_tensor(i) or index.is_data_size(i)):
             continue
         users = index.users[i]
         if index.depends_on_input[i] and users and all(u in cut.core or u in extra for u in users):

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from ..gate import decide, select
 from .capture import size_node
 from .insert import LazyGraph
-from .ops import is_heavy
+from .ops import is_data_size, is_heavy
 
 _ops = torch.ops.lazycompress
 
@@ -51,7 +51,9 @@ class LazyBranch(nn.Module):
     cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes.
     """
 
-    def __init__(self, index: int, core: fx.GraphModule, operands: list[Operand], outputs: list[int], gather: bool) -> None:
+    def __init__(
+        self, index: int, core: fx.GraphModule, operands: list[Operand], outputs: list[int], gather: bool
+    ) -> None:
         super().__init__()
         self.index = index
         self.core = core
@@ -180,7 +182,6 @@ def lower(flat: LazyGraph) -> LazyGraph:
     graph = fx.Graph()
     root = nn.Module()
     mapped: dict[fx.Node, fx.Node] = {}
-    calls: dict[int, tuple[LazyBranch, fx.Node, list[fx.Node]]] = {}
     parts = {i: _extract(flat, i, _mark_of(decides[i]), chosen, owner, constant) for i, chosen in selects.items()}
     lazy_of: dict[fx.Node, fx.Node] = {}
 
@@ -191,8 +192,8 @@ def lower(flat: LazyGraph) -> LazyGraph:
             if node in branch_of_lazy:
                 i = branch_of_lazy[node]
                 branch, outside = parts[i]
-                caches = [s.args[1] for s in selects[i]]
-                score, valid, threshold = node.args
+                caches = [s.all_input_nodes[1] for s in selects[i]]
+                score, valid, threshold = node.all_input_nodes
                 needed = [*outside, *caches, score, valid, threshold]
                 if any(n not in mapped for n in needed):
                     left.append(node)
@@ -200,7 +201,13 @@ def lower(flat: LazyGraph) -> LazyGraph:
                 root.add_module(f"branch_{branch.index}", branch)
                 call = graph.call_module(
                     f"branch_{branch.index}",
-                    (mapped[score], mapped[valid], mapped[threshold], [mapped[c] for c in caches], [mapped[o] for o in outside]),
+                    (
+                        mapped[score],
+                        mapped[valid],
+                        mapped[threshold],
+                        [mapped[c] for c in caches],
+                        [mapped[o] for o in outside],
+                    ),
                 )
                 results = graph.call_function(_getitem, (call, 0))
                 lazy_of[node] = graph.call_function(_getitem, (call, 1))
@@ -279,7 +286,7 @@ def _between(
     for node in reversed(nodes[: last + 1]):  # rule 1: what only the branch needs
         if node.op != "call_function" or node in core or node in marks or node in constant or not node.users:
             continue
-        if isinstance(node.meta.get("val"), torch.SymInt) or _is_gate(node):
+        if (isinstance(node.meta.get("val"), torch.SymInt) and not is_data_size(node)) or _is_gate(node):
             continue
         if all(user in core for user in node.users):
             core.add(node)
@@ -288,7 +295,9 @@ def _between(
 
 
 def _is_gate(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", "") == "lazycompress" or isinstance(node.target, torch._ops.OpOverloadPacket)
+    return getattr(node.target, "namespace", "") == "lazycompress" or isinstance(
+        node.target, torch._ops.OpOverloadPacket
+    )
 
 
 def _extract(
@@ -329,10 +338,11 @@ def _extract(
 
     for node in inner:
         copy(node)
-    graph.output(tuple(mapped[c.args[0]] for c in chosen))
+    fresh = [c.all_input_nodes[0] for c in chosen]
+    graph.output(tuple(mapped[node] for node in fresh))
     graph.lint()
     core = fx.GraphModule(source, graph)
-    outputs = [_rows(c.args[0], batch) for c in chosen]
+    outputs = [_rows(node, batch) for node in fresh]
     gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
     return LazyBranch(mark, core, operands, outputs, gather), outside
 
@@ -346,7 +356,11 @@ def _sources(
 
 
 def _cuttable(
-    node: fx.Node, batch: sympy.Symbol | None, constant: set[fx.Node], again: dict[fx.Node, list[fx.Node] | None], depth: int
+    node: fx.Node,
+    batch: sympy.Symbol | None,
+    constant: set[fx.Node],
+    again: dict[fx.Node, list[fx.Node] | None],
+    depth: int,
 ) -> list[fx.Node] | None:
     if node in again:
         return again[node]
@@ -367,7 +381,7 @@ def _batch_symbol(flat: LazyGraph) -> sympy.Symbol | None:
     return size.node.expr if isinstance(size, torch.SymInt) else None
 
 
-def _rows(node: Any, batch: sympy.Symbol | None) -> int:
+def _rows(node: fx.Node, batch: sympy.Symbol | None) -> int:
     """Rows of dim 0 per sample; 0 if the batch is in no dimension, -1 if it is in another than the first."""
     value = node.meta.get("val")
     if batch is None or not isinstance(value, Tensor):
@@ -377,7 +391,8 @@ def _rows(node: Any, batch: sympy.Symbol | None) -> int:
         return 0
     if where != [0]:
         return -1
-    factor = sympy.simplify(value.shape[0].node.expr / batch)  # type: ignore[union-attr]
+    first: Any = value.shape[0]
+    factor = sympy.simplify(first.node.expr / batch)
     return int(factor) if factor.is_Integer else -1
 
 

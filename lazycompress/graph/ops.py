@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 #: Joins of a residual stream: `x + f(x)` and its weighted forms.
 JOINS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::lerp", "aten::sub", "aten::sub_"})
@@ -18,29 +19,97 @@ JOINS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::lerp", "at
 #: Operators that hold the multiply-accumulates of a transformer.
 HEAVY = frozenset(
     f"aten::{name}"
-    for name in (
-        "linear mm addmm bmm baddbmm matmul einsum scaled_dot_product_attention conv1d conv2d conv3d "
-        "convolution conv_transpose1d conv_transpose2d conv_transpose3d _grouped_mm"
-    ).split()
+    for name in [
+        "linear",
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "matmul",
+        "einsum",
+        "scaled_dot_product_attention",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "_grouped_mm",
+    ]
 )
 
 #: Values go through these unchanged, up to their dtype or a scale that does not depend on the stream.
 SEE_THROUGH = frozenset(
-    f"aten::{name}" for name in "to _to_copy type_as dropout native_dropout clone contiguous alias detach detach_".split()
+    f"aten::{name}"
+    for name in [
+        "to",
+        "_to_copy",
+        "type_as",
+        "dropout",
+        "native_dropout",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "detach_",
+    ]
 )
 
 #: Norms, modulation, gates, rescaling: the cheap ends of a branch, which stay outside of it.
 CHEAP = SEE_THROUGH | frozenset(
     f"aten::{name}"
-    for name in (
-        "add sub mul div neg pow square sqrt rsqrt reciprocal abs mean sum var std var_mean layer_norm native_layer_norm "
-        "rms_norm _fused_rms_norm group_norm native_group_norm addcmul clamp clamp_min clamp_max maximum minimum tanh "
-        "linalg_vector_norm norm nan_to_num where expand expand_as unsqueeze float half bfloat16 "
-        "add_ mul_ div_ sub_ "
-    ).split()
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "pow",
+        "square",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "abs",
+        "mean",
+        "sum",
+        "var",
+        "std",
+        "var_mean",
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "group_norm",
+        "native_group_norm",
+        "addcmul",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "maximum",
+        "minimum",
+        "tanh",
+        "linalg_vector_norm",
+        "norm",
+        "nan_to_num",
+        "where",
+        "expand",
+        "expand_as",
+        "unsqueeze",
+        "float",
+        "half",
+        "bfloat16",
+        "add_",
+        "mul_",
+        "div_",
+        "sub_",
+    ]
 )
 
-NONLINEAR = frozenset(f"aten::{name}" for name in "gelu silu relu elu leaky_relu mish hardswish softplus relu_ silu_".split())
+NONLINEAR = frozenset(
+    f"aten::{name}"
+    for name in ["gelu", "silu", "relu", "elu", "leaky_relu", "mish", "hardswish", "softplus", "relu_", "silu_"]
+)
 
 
 def op_name(node: fx.Node) -> str:
@@ -49,6 +118,13 @@ def op_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name
     return "getitem" if target is operator.getitem else ""
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Remove every node without users but placeholders and the output; `torch.fx` keeps random ones (dropout in eval)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
 
 
 def shape_of(node: fx.Node) -> list[int] | None:
@@ -65,6 +141,17 @@ def size_hint(size: int | torch.SymInt) -> int:
     return int(hint) if hint is not None else 1
 
 
+def is_dynamic(size: int | torch.SymInt) -> bool:
+    """Whether a size can differ from call to call; `torch.export` also has symbolic sizes that cannot."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+
+
+def is_data_size(node: fx.Node) -> bool:
+    """Whether the value is a number that depends on data (how many tokens an expert gets), not only on sizes."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat) and bool(free_unbacked_symbols(value))
+
+
 def is_heavy(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node) in HEAVY
 
@@ -79,7 +166,7 @@ def macs_of(node: fx.Node) -> int:
     if not is_heavy(node):
         return 0
     name, out = op_name(node), shape_of(node)
-    args = [a for a in node.args]
+    args = list(node.args)
 
     def arg(index: int) -> list[int]:
         node_arg: Any = args[index]

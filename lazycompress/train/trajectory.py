@@ -155,7 +155,9 @@ def linearise(
         signs = torch.randint(0, 2, flat.shape, generator=generator).to(flat) * 2 - 1
         probe = signs / flat.shape[1] ** 0.5
         offset[:, k] = (difference * probe).sum(dim=1)
-        gradients = iter(torch.autograd.grad((flat * probe).sum(), nodes, retain_graph=k < probes - 1, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad((flat * probe).sum(), nodes, retain_graph=k < probes - 1, allow_unused=True)
+        )
         for t in range(steps):
             for b in range(branches):
                 for s, used in enumerate(tape.used[t][b]):

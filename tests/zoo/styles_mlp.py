@@ -239,7 +239,9 @@ def _maps(name: str, group: bool) -> Specimen:
 SPECIMENS: list[Specimen] = [
     _parallel("parallel-one-join", ParallelBlock, ("attn", "mlp")),
     _parallel("parallel-chain", ParallelChainBlock, ("attn", "mlp"), added=True),
-    plain_style("parallel-two-sums", TwoSumsBlock, note="two joins that read one norm: attention and MLP are told apart"),
+    plain_style(
+        "parallel-two-sums", TwoSumsBlock, note="two joins that read one norm: attention and MLP are told apart"
+    ),
     _parallel("parallel-fused", FusedParallelBlock, ("out",)),
     image_style("swiglu", partial(AdaBlock, mlp=partial(GatedMlp, chunked=False))),
     plain_style("geglu", PreNormBlock, mlp=partial(GatedMlp, chunked=True)),

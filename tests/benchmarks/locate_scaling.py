@@ -1,0 +1,87 @@
+"""Time to locate branches against the number of graph nodes: `python -m tests.benchmarks.locate_scaling`.
+
+Prints milliseconds for 2 to 60 blocks and how much faster than the node count they grow, then the same for a text-to-image
+model of 19 two-stream and 38 single-stream blocks at real widths, on the meta device.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lazycompress.graph.capture import capture, take_apart
+from lazycompress.graph.locate import Branch, locate_branches
+from tests.zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
+
+#: Most that the time per node at 60 blocks may be, relative to that at 2 blocks.
+LIMIT = 1.2
+
+
+def seconds_and_nodes(blocks: int, repeats: int = 5) -> tuple[float, int]:
+    """Best time of several, and the number of nodes, for an image model with this many blocks."""
+    model = ImageDenoiser(AdaBlock, depth=blocks).eval().requires_grad_(False)
+    captured = capture(model, take_apart(model, (), image_inputs(2, 0)))
+    graph = captured.graph_module.graph
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        locate_branches(graph, captured.batch)
+        best = min(best, time.process_time() - start)
+    return best, len(graph.nodes)
+
+
+def growth(timings: list[tuple[float, int]]) -> float:
+    """Time per node of the last timing relative to the first: 1 is linear."""
+    (first, few), (last, many) = timings[0], timings[-1]
+    return (last / many) / (first / few)
+
+
+def large_model() -> tuple[nn.Module, dict[str, Any]]:
+    """57 blocks at the widths of a 12-billion-parameter model, without storage, and inputs for 1024 x 1024 pixels."""
+    from diffusers.models import transformers
+
+    with torch.device("meta"):
+        model = transformers.FluxTransformer2DModel(guidance_embeds=True).eval().requires_grad_(False)
+        inputs: dict[str, Tensor] = {
+            "hidden_states": torch.empty(2, 4096, 64),
+            "encoder_hidden_states": torch.empty(2, 512, 4096),
+            "pooled_projections": torch.empty(2, 768),
+            "timestep": torch.empty(2),
+            "img_ids": torch.empty(4096, 3),
+            "txt_ids": torch.empty(512, 3),
+            "guidance": torch.empty(2),
+        }
+    return model, inputs
+
+
+def locate_large() -> tuple[list[Branch], float, float, int]:
+    """Branches of `large_model`, seconds to capture and to locate, and the number of nodes."""
+    model, inputs = large_model()
+    start = time.perf_counter()
+    captured = capture(model, take_apart(model, (), inputs))
+    middle = time.perf_counter()
+    branches = locate_branches(captured.graph_module.graph, captured.batch)
+    return branches, middle - start, time.perf_counter() - middle, len(captured.graph_module.graph.nodes)
+
+
+def main() -> None:
+    """Print the table and the verdict."""
+    torch.set_num_threads(1)
+    timings = []
+    print("blocks  nodes      ms  us/node")
+    for blocks in (2, 4, 8, 16, 30, 60):
+        seconds, nodes = seconds_and_nodes(blocks)
+        timings.append((seconds, nodes))
+        print(f"{blocks:6d} {nodes:6d} {seconds * 1e3:7.2f} {seconds / nodes * 1e6:8.2f}")
+    ratio = growth(timings)
+    print(f"growth against linear, 2 to 60 blocks: {ratio:.2f} (at most {LIMIT})")
+    branches, captured, located, nodes = locate_large()
+    print(f"57 blocks on the meta device: {len(branches)} branches, {sum(b.macs for b in branches) / 1e12:.2f} TMACs per sample;")
+    print(f"captured in {captured:.1f} s, located in {located:.2f} s, {nodes} nodes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Learning: the linear model of a trajectory, the search under a budget, and what the gates then do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lazycompress
+from lazycompress import LazyCompressError
+from lazycompress.recipe import load_recipe
+from lazycompress.runtime import LazyModel
+from lazycompress.sampling import build_inputs, build_sampler
+from lazycompress.train.schedule import Limits, Planner, run_lengths
+from lazycompress.train.trajectory import Effects, linearise, run
+
+QUICK = {"train.effort": 0.25, "sampling.steps": 12, "sampling.batch": 8}
+
+
+@pytest.fixture
+def lazy(digits: nn.Module) -> LazyModel:
+    return lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, "train.enabled": False})
+
+
+@pytest.fixture
+def sampler(lazy: LazyModel):  # type: ignore[no-untyped-def]
+    assert lazy.recipe is not None
+    assert lazy.recipe.sampling is not None
+    return build_sampler(lazy.recipe.sampling)
+
+
+def made_up(steps: int = 10, branches: int = 3, seed: int = 0) -> Effects:
+    generator = torch.Generator().manual_seed(seed)
+    effects = torch.randn(16, 2, steps, branches, 5, generator=generator)
+    effects[..., 0] = 0.0
+    return Effects(
+        effects, torch.zeros(16, 2), torch.zeros(16), torch.arange(steps, 0, -1.0), torch.ones(steps).bool(), 0.0
+    )
+
+
+def anywhere(steps: int, branches: int, max_reuse: int = 4) -> Limits:
+    allowed = np.ones((steps, branches), dtype=bool)
+    allowed[0] = False
+    return Limits(allowed, max_reuse)
+
+
+def test_effects_predict_what_one_reuse_does_to_the_image(lazy: LazyModel, sampler) -> None:  # type: ignore[no-untyped-def]
+    """The square of the projected effect, averaged over many probes, is the measured error of single decisions."""
+    effects = linearise(lazy, sampler, None, seed=5, probes=16, max_age=2)
+    torch.manual_seed(5)
+    dense = run(lazy, sampler, None)
+    predicted, measured = [], []
+    for step, branch in [(3, 0), (5, 7), (8, 3), (10, 11), (11, 4)]:
+        schedule = torch.zeros(12, 12, dtype=torch.bool)
+        schedule[step, branch] = True
+        torch.manual_seed(5)
+        error = (run(lazy, sampler, schedule) - dense).square().flatten(1).mean(1)
+        measured.append(float(error.mean()))
+        predicted.append(float(effects.effects[:, :, step, branch, 1].square().mean()))
+    ratio = np.array(predicted) / np.array(measured)
+    assert np.all((ratio > 0.5) & (ratio < 2.0)), (predicted, measured)
+
+
+def test_a_sampler_without_gradients_is_one_clear_line(lazy: LazyModel, sampler) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(LazyCompressError, match=r"must.*not run under torch\.no_grad"):
+        linearise(lazy, torch.no_grad()(sampler), None, seed=0, probes=1, max_age=1)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30))
+def test_run_lengths_count_steps_since_the_last_computation(decisions: list[bool]) -> None:
+    expected, age = [], 0
+    for reuse in decisions:
+        age = age + 1 if reuse and expected else 0
+        expected.append(age)
+    column = np.array(decisions)
+    column[0] = False
+    assert run_lengths(column).tolist() == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.3, 1.0), st.integers(1, 4), st.integers(0, 50))
+def test_a_schedule_keeps_budget_and_limits(target: float, max_reuse: int, seed: int) -> None:
+    effects = made_up(seed=seed)
+    limits = anywhere(10, 3, max_reuse)
+    planner = Planner(effects, [10, 20, 30], limits)
+    schedule, order = planner.fill(target)
+    assert not schedule[0].any()
+    assert all(run_lengths(schedule[:, b]).max() <= max_reuse for b in range(3))
+    assert sorted(order) == sorted(zip(*map(list, np.nonzero(schedule)), strict=True))
+    if max_reuse == 4 and target >= 0.35:
+        assert target - 30 / 600 <= planner.macs_ratio(schedule) <= target + 1e-9
+    swapped = planner.swap(target, schedule, rounds=20)
+    assert planner.predicted(swapped) <= planner.predicted(schedule) + 1e-9
+    assert planner.macs_ratio(swapped) <= planner.macs_ratio(schedule) + 1e-9 or planner.macs_ratio(swapped) <= target + 1e-9
+    assert all(run_lengths(swapped[:, b]).max() <= max_reuse for b in range(3))
+
+
+def test_the_search_sees_that_two_effects_cancel() -> None:
+    effects = made_up(steps=6, branches=1)
+    table = effects.effects
+    table[..., 1:] = 9.0
+    for step, effect in ((1, 1.0), (3, 1.1), (5, -1.2)):
+        table[..., step, 0, 1] = effect
+    planner = Planner(effects, [1], anywhere(6, 1, max_reuse=1))
+    schedule, _ = planner.fill(4 / 6)
+    # Priced one by one, steps 1 and 3 are the cheapest; together with step 1, step 5 nearly vanishes.
+    assert np.flatnonzero(schedule[:, 0]).tolist() == [1, 5]
+    assert planner.predicted(schedule) == pytest.approx(0.04, rel=1e-5)
+
+
+def test_asked_for_a_ratio_the_gates_give_it_on_fresh_noise(digits: nn.Module) -> None:
+    for target in (0.7, 0.5):
+        lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, "target": target}, progress=False)
+        sampler = build_sampler(lazy.recipe.sampling)
+        torch.manual_seed(99)
+        with torch.no_grad():
+            images = sampler(lazy)
+        assert target - 0.02 <= lazy.summary().macs_ratio <= target + 1e-6
+        torch.manual_seed(99)
+        with torch.no_grad():
+            dense = sampler(digits)
+        fewer = build_sampler(lazy.recipe.sampling.model_copy(update={"steps": round(12 * target)}))
+        torch.manual_seed(99)
+        with torch.no_grad():
+            other = fewer(digits)
+        assert float((images - dense).square().mean()) < 0.8 * float((other - dense).square().mean())
+
+
+def test_the_same_seed_gives_the_same_gates_and_leaves_the_callers_noise_alone(digits: nn.Module) -> None:
+    def learn(seed: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(123)
+        overrides = {**QUICK, "train.seed": seed, "sampling.batch": 4}
+        lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
+        return lazy.gates.bias.detach(), torch.rand(1)
+
+    first, noise = learn(0)
+    again, noise_again = learn(0)
+    other, _ = learn(1)
+    assert torch.equal(first, again)
+    assert torch.equal(noise, noise_again)
+    assert not torch.equal(first, other)
+
+
+def test_guards_hold_in_what_runs(digits: nn.Module) -> None:
+    guards = {"guards.warmup_steps": 3, "guards.last_steps": 2, "guards.max_reuse": 2, "guards.exclude": ["re:.*attn.*"]}
+    lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, **guards, "target": 0.8}, progress=False)
+    with torch.no_grad():
+        build_sampler(lazy.recipe.sampling)(lazy)
+    _, reused = lazy.usage.heatmap()
+    assert reused[:3].sum() == 0
+    assert reused[-2:].sum() == 0
+    attention = [i for i, branch in enumerate(lazy.branches) if branch.kind == "attention"]
+    assert reused[:, attention].sum() == 0
+    assert reused.sum() > 0
+    assert max(run_lengths(reused[:, b].bool().numpy()).max() for b in range(12)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"guards.exclude": ["re:nothing"]}, r"guards\.exclude: 're:nothing' matches none of the branches"),
+        ({"guards.exclude": ["re:("]}, "is not a regular expression"),
+        ({"target": 0.2, "guards.max_reuse": 1}, "the guards leave at most"),
+    ],
+)
+def test_guards_that_cannot_hold_are_one_line(digits: nn.Module, overrides: dict[str, object], expected: str) -> None:
+    with pytest.raises(LazyCompressError, match=expected):
+        lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, **overrides}, progress=False)
+
+
+def test_training_leaves_the_weights_as_they_are(digits: nn.Module) -> None:
+    before = {name: value.clone() for name, value in digits.state_dict().items()}
+    requires = [p.requires_grad for p in digits.parameters()]
+    lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, "sampling.batch": 4}, progress=False)
+    assert all(torch.equal(before[name], value) for name, value in digits.state_dict().items())
+    assert [p.requires_grad for p in digits.parameters()] == requires
+    assert all(p.grad is None for p in digits.parameters())
+
+
+def test_the_recipes_inputs_fit_the_model(digits: nn.Module) -> None:
+    recipe = load_recipe("digits_dit.yaml")
+    assert recipe.sampling is not None
+    inputs = build_inputs(digits, recipe.sampling)
+    assert inputs["hidden_states"].shape == (32, 1, 8, 8)
+    assert inputs["timestep"].shape == (32,)
+    assert set(inputs["class_labels"].tolist()) <= set(range(10))
