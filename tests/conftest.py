@@ -21,17 +21,17 @@ def digits() -> nn.Module:
     return load_bundled()
 
 
+def make_lively_gates(branches: list[Branch]) -> Gates:
+    """Gates whose scores depend on sample, step and branch, about half of them above the threshold."""
+    gates = Gates([b.name for b in branches], [b.width for b in branches], torch.linspace(0, 980, 50))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        gates.bias.copy_(torch.randn(gates.bias.shape, generator=generator) * 3)
+        for weight in gates.weights:
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return gates
+
+
 @pytest.fixture
 def lively_gates() -> Callable[[list[Branch]], Gates]:
-    """Gates whose scores depend on sample, step and branch, about half of them above the threshold."""
-
-    def make(branches: list[Branch]) -> Gates:
-        gates = Gates([b.name for b in branches], [b.width for b in branches], torch.linspace(0, 980, 50))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            gates.bias.copy_(torch.randn(gates.bias.shape, generator=generator) * 3)
-            for weight in gates.weights:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-        return gates
-
-    return make
+    return make_lively_gates

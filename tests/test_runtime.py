@@ -69,7 +69,7 @@ def test_policy_reuse_computes_the_first_step_only(lazy: LazyModel) -> None:
 def test_reused_branches_are_not_executed(lazy: LazyModel) -> None:
     from lazycompress.graph.lower import lazy_branches
 
-    program = next(iter(lazy._programs.values()))
+    program = lazy.program(lazy.example)
     runs: list[int] = []
     for branch in lazy_branches(program.lowered):
         branch.core.register_forward_pre_hook(lambda *_, index=branch.index: runs.append(index))
@@ -82,7 +82,7 @@ def test_reused_branches_are_not_executed(lazy: LazyModel) -> None:
 
 
 def test_lowered_graph_equals_the_flat_graph_decision_for_decision(lazy: LazyModel) -> None:
-    program = next(iter(lazy._programs.values()))
+    program = lazy.program(lazy.example)
     state = [spec.fresh(4, torch.device("cpu")) for spec in program.flat.state]
     kept = [value.clone() for value in state]
     seen = 0
@@ -176,7 +176,7 @@ def test_the_original_is_left_as_it_is(digits: nn.Module) -> None:
 
 def test_weights_are_shared_not_copied(lazy: LazyModel, digits: nn.Module) -> None:
     own = {p.data_ptr() for p in digits.parameters()}
-    program = next(iter(lazy._programs.values()))
+    program = lazy.program(lazy.example)
     used = {p.data_ptr() for n, p in program.lowered.graph_module.named_parameters() if "lazy_gates" not in n}
     assert used <= own
 

@@ -11,9 +11,8 @@ from .. import __version__
 from ..errors import ExportError
 from ..runtime import LazyModel
 from ..storage import whole_folder
+from .card import CARD_FILE
 from .trace import TracedModel, trace
-
-CARD_FILE = "lazycompress.json"
 
 
 def export(
@@ -54,17 +53,20 @@ def export(
         if not overwrite:
             raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
     with whole_folder(target) as folder:
-        traced = trace(lazy)
+        traced = trace(lazy, one_batch=format == "onnx" or not stateful)
+        details: dict[str, Any] = {}
         if format == "openvino":
-            from . import openvino as exporter
+            from . import openvino as to_openvino
 
-            model = exporter.convert(traced, stateful=stateful, telemetry=telemetry)
-            exporter.write(model, folder)
+            to_openvino.write(to_openvino.convert(traced, stateful=stateful, telemetry=telemetry), folder)
         else:
-            from . import onnx as onnx_exporter
+            from . import onnx as to_onnx
 
-            onnx_exporter.write(traced, folder, telemetry=telemetry)
+            model = to_onnx.convert(traced, telemetry=telemetry)
+            to_onnx.write(model, folder)
+            details = to_onnx.versions(model)
         card = describe(lazy, traced, format, telemetry=telemetry, stateful=stateful and format == "openvino")
+        card |= details
         (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return target
 
@@ -101,19 +103,6 @@ def describe(lazy: LazyModel, traced: TracedModel, format: str, *, telemetry: bo
         "grid": lazy.gates.grid.tolist(),
         "expected_macs_ratio": getattr(report, "macs_ratio", None),
     }
-
-
-def read_card(directory: str | Path) -> dict[str, Any]:
-    """`lazycompress.json` of an export.
-
-    Raises:
-        ExportError: the folder has none.
-    """
-    path = Path(directory) / CARD_FILE
-    if not path.is_file():
-        raise ExportError(f"{directory} is no export of lazycompress: {CARD_FILE} is missing")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return card
 
 
 def _version(package: str) -> str | None:

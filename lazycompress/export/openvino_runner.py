@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ExportError, InputError, MissingExtraError
 from ..report import Summary, Usage
-from .folder import read_card
+from .card import FileBranch, Output, read_card
 from .openvino import MODEL_FILE
 from .trace import DECISIONS
 
@@ -71,25 +70,3 @@ class OpenVINORunner:
     def summary(self) -> Summary:
         """What was reused since the last reset; all zero for a file without telemetry."""
         return self.usage.summary(self._branches)
-
-
-@dataclass(frozen=True)
-class FileBranch:
-    """What an export's description says about a branch."""
-
-    name: str
-    kind: str
-    macs: int
-
-
-class Output(dict[str, Tensor]):
-    """Outputs by name, as attributes, and by position."""
-
-    def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the exported model has no output {name!r}; it has {', '.join(self)}") from None
-
-    def __getitem__(self, key: str | int) -> Tensor:
-        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)

@@ -45,19 +45,29 @@ DECISIONS = "lazy_decisions"
 class _Exportable(nn.Module):
     """The lowered graph with its threshold fixed, taking tensors in a flat list."""
 
-    def __init__(self, lowered: LazyGraph, threshold: float) -> None:
+    def __init__(self, lowered: LazyGraph, threshold: float, one_batch: bool) -> None:
         super().__init__()
+        self.latents = lowered.latents
+        self.rows = [spec.scale for spec in lowered.state] if one_batch else []
         self.graph_module: fx.GraphModule = lowered.graph_module
         self.count = len(lowered.leaves)
         self.register_buffer("threshold", torch.tensor(threshold))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        batch = tensors[self.latents].shape[0]
+        for past, rows in zip(tensors[self.count :], self.rows, strict=False):
+            torch._check(past.shape[0] == batch * rows)
         results = self.graph_module(*tensors[: self.count], self.threshold, *tensors[self.count :])
         return (*results[:-1], results[-1].to(torch.float32))
 
 
-def trace(lazy: LazyModel) -> TracedModel:
+def trace(lazy: LazyModel, one_batch: bool = False) -> TracedModel:
     """Trace a lazy model for the call it was captured with, for any batch size.
+
+    Args:
+        lazy: the model.
+        one_batch: the past state always has the batch size of the inputs (a caller manages it); else it may have another
+            one, of which nothing is kept (the file manages it).
 
     Raises:
         ExportError: `torch.export` does not take the lowered graph.
@@ -70,10 +80,9 @@ def trace(lazy: LazyModel) -> TracedModel:
         for t, leaf in zip(call.tensors, call.leaves, strict=True)
     ]
     batch = examples[call.latents].shape[0]
-    # Another batch size than the inputs': a new image may come with one, and the state must not forbid it.
-    past = [spec.fresh(batch + 1, call.tensors[0].device) for spec in lowered.state]
+    past = [spec.fresh(batch if one_batch else batch + 1, call.tensors[0].device) for spec in lowered.state]
     dynamic = [{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves] + [{0: Dim.AUTO} for _ in past]
-    exportable = _Exportable(lowered, float(lazy.gates.threshold))
+    exportable = _Exportable(lowered, float(lazy.gates.threshold), one_batch)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -371,7 +371,9 @@ def _sizes_from_placeholders(graph: fx.Graph) -> None:
             continue
         if value.node.expr.is_Integer:
             for user in list(node.users):
-                user.args = fx.map_arg(user.args, lambda n, node=node, value=value: int(value.node.expr) if n is node else n)
+                user.args = fx.map_arg(
+                    user.args, lambda n, node=node, value=value: int(value.node.expr) if n is node else n
+                )
             continue
         with graph.inserting_before(node):
             rebuilt = size_node(graph, value.node.expr, symbols)

@@ -25,7 +25,13 @@ COLOURS = {
     "parallel": ("#b9405e", "#ffffff"),
 }
 
-_SHORT = {"attention": "attn", "joint-attention": "joint", "cross-attention": "cross", "mlp": "mlp", "parallel": "attn + mlp"}
+_SHORT = {
+    "attention": "attn",
+    "joint-attention": "joint",
+    "cross-attention": "cross",
+    "mlp": "mlp",
+    "parallel": "attn + mlp",
+}
 
 _FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
 
@@ -55,7 +61,11 @@ def branches_table(branches: Sequence[Drawable], dense_macs: int | None = None) 
         table.add_column(header, justify="right" if right else "left", overflow="fold")
     for branch in branches:
         table.add_row(
-            branch.name, branch.kind, str(len(branch.streams)), f"{branch.macs / 1e6:,.3f}", f"{branch.macs / whole:.1%}"
+            branch.name,
+            branch.kind,
+            str(len(branch.streams)),
+            f"{branch.macs / 1e6:,.3f}",
+            f"{branch.macs / whole:.1%}",
         )
     table.add_section()
     table.add_row("all branches", "", "", f"{total / 1e6:,.3f}", f"{total / whole:.1%}", style="bold")
@@ -115,7 +125,9 @@ def branches_svg(
         parts.append(f"<text x='{x + 17}' y='76.5' font-size='12' fill='#1b1f24'>{kind} ({count})</text>")
         x += 40 + 7.2 * (len(kind) + 4)
     spine = label - 12
-    parts.append(f"<line x1='{spine}' y1='{top - 4}' x2='{spine}' y2='{bottom - 10}' stroke='#afb8c1' stroke-width='2'/>")
+    parts.append(
+        f"<line x1='{spine}' y1='{top - 4}' x2='{spine}' y2='{bottom - 10}' stroke='#afb8c1' stroke-width='2'/>"
+    )
     for k, (block, row) in enumerate(rows):
         y = top + k * (height + gap)
         middle = y + height / 2

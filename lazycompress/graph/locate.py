@@ -206,11 +206,12 @@ def _find_joins(index: _Index) -> list[_Join]:
         if best is None:
             continue
         region = index.between([best.stream], [best.residual], tokens_only=True)
-        inner = [
-            j
-            for j in joins
-            if j.output in region and j.stream >= best.stream and any(map(index.heavy.__getitem__, j.region))
-        ]
+        inner = []
+        for join in reversed(joins):  # ordered by output: what ends before the stream begins cannot be inside
+            if join.output <= best.stream:
+                break
+            if join.output in region and join.stream >= best.stream and any(map(index.heavy.__getitem__, join.region)):
+                inner.append(join)
         if inner:
             last = max(join.output for join in inner)
             region = (
@@ -385,14 +386,23 @@ def _trim_back(index: _Index, residual: int, region: set[int]) -> int:
 def _only_used_by(index: _Index, cut: _Cut, taken: set[int]) -> set[int]:
     """Work on side inputs that only this branch needs (text keys and values, say), to be skipped with it."""
     extra: set[int] = set()
-    for i in range(max(cut.core), -1, -1):
+    # Largest number first: by the time a node is looked at, all its users inside have been.
+    waiting = [-j for i in cut.core for j in index.inputs[i] if j not in cut.core]
+    heapq.heapify(waiting)
+    last = None
+    while waiting:
+        i = -heapq.heappop(waiting)
+        if i == last:
+            continue
+        last = i
         if i in taken or i in cut.entries or index.nodes[i].op != "call_function":
             continue
-        if not (index.is_tensor(i) or index.is_data_size(i)):
+        if not (index.is_tensor(i) or index.is_data_size(i)) or not index.depends_on_input[i]:
             continue
-        users = index.users[i]
-        if index.depends_on_input[i] and users and all(u in cut.core or u in extra for u in users):
+        if all(u in cut.core or u in extra for u in index.users[i]):
             extra.add(i)
+            for j in index.inputs[i]:
+                heapq.heappush(waiting, -j)
     return extra
 
 

@@ -75,18 +75,19 @@ class LazyBranch(nn.Module):
             return list(caches), lazy
         if stay == lazy.shape[0]:
             return self.run(operands), lazy
-        return self.mixed(lazy, caches, operands), lazy
+        return self.mixed(lazy, computing(lazy), caches, operands), lazy
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The branch on every sample."""
         return list(self.core(*operands))
 
-    def mixed(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
-        """The branch on the samples that are not lazy, the caches for the others."""
+    def mixed(
+        self, lazy: Tensor, samples: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The branch on `samples`, which are those that are not lazy; the caches for the others."""
         if not self.gather:
-            return [select(new, old, lazy) for new, old in zip(self.run(operands), caches, strict=True)]
-        samples = torch.nonzero(~lazy).squeeze(1)
-        torch._check(samples.shape[0] <= lazy.shape[0])
+            pairs = zip(self.run(operands), caches, strict=True)
+            return [select(new, fit(old, new.shape[0]), lazy) for new, old in pairs]
         cut = [take(value, samples, operand.rows) for value, operand in zip(operands, self.operands, strict=True)]
         return [
             put(old, samples, new, lazy.shape[0], rows)
@@ -98,16 +99,21 @@ class LazyBranch(nn.Module):
         names, values = list(weights), list(weights.values())
         count = len(caches)
 
-        def compute(lazy: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        def compute(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             swapped = dict(zip(names, rest[count + len(operands) :], strict=True))
             branch = _Swapped(self, swapped)
-            return tuple(branch.mixed(lazy, rest[:count], rest[count : count + len(operands)]))
+            return tuple(branch.mixed(lazy, samples, rest[:count], rest[count : count + len(operands)]))
 
-        def reuse(lazy: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        def reuse(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return tuple(cache.clone() for cache in rest[:count])
 
+        # Outside of the body: a size that only the data knows may not be born inside and leave it.
+        samples = computing(lazy)
+
         # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
-        result = torch.ops.higher_order.cond((~lazy).any(), compute, reuse, (lazy, *caches, *operands, *values))
+        result = torch.ops.higher_order.cond(
+            (~lazy).any(), compute, reuse, (lazy, samples, *caches, *operands, *values)
+        )
         return list(result)
 
 
@@ -118,9 +124,11 @@ class _Swapped:
         self.branch = branch
         self.weights = weights
 
-    def mixed(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+    def mixed(
+        self, lazy: Tensor, samples: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]
+    ) -> list[Tensor]:
         twin = LazyBranch.mixed.__get__(self)
-        result: list[Tensor] = twin(lazy, caches, operands)
+        result: list[Tensor] = twin(lazy, samples, caches, operands)
         return result
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
@@ -128,6 +136,13 @@ class _Swapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.branch, name)
+
+
+def computing(lazy: Tensor) -> Tensor:
+    """Numbers of the samples that are not lazy, int64 [at most batch]."""
+    samples = torch.nonzero(~lazy).squeeze(1)
+    torch._check(samples.shape[0] <= lazy.shape[0])
+    return samples
 
 
 def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
@@ -140,13 +155,17 @@ def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
     return folded.index_select(0, samples).reshape(-1, *value.shape[1:])
 
 
-def put(old: Tensor, samples: Tensor, new: Tensor, batch: int, rows: int) -> Tensor:
-    """`old` with the rows of `samples` replaced by `new`.
+def fit(old: Tensor, rows: int) -> Tensor:
+    """A cache with that many rows.
 
-    `old` may have another batch size where nothing of it is kept: the state of an exported model before its first image.
+    It has another number where nothing of it is kept: the state of an exported model before its first image.
     """
-    kept = torch.arange(batch * rows, device=old.device).clamp(max=old.shape[0] - 1)
-    base = old.index_select(0, kept)
+    return old.index_select(0, torch.arange(rows, device=old.device).clamp(max=old.shape[0] - 1))
+
+
+def put(old: Tensor, samples: Tensor, new: Tensor, batch: int, rows: int) -> Tensor:
+    """`old` with the rows of `samples` replaced by `new`."""
+    base = fit(old, batch * rows)
     if rows == 1:
         return base.index_copy(0, samples, new)
     folded = base.reshape(batch, rows, *old.shape[1:])

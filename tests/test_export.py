@@ -1,50 +1,58 @@
-"""The OpenVINO file against torch: the same decisions, the same images, state of its own."""
+"""Exported files against torch: the same decisions, the same images, state of their own."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import onnx
+import openvino as ov
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lazycompress
 from lazycompress import LazyCompressError
-from lazycompress.gate import Gates
-from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
+from lazycompress.export.onnx_runner import OnnxRunner
+from lazycompress.export.openvino_runner import OpenVINORunner
+from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
 from lazycompress.runtime import LazyModel, wrap
 
-ov = pytest.importorskip("openvino")
-from lazycompress.export.openvino_runner import OpenVINORunner  # noqa: E402
+from .conftest import make_lively_gates
 
 BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LazyModel, Path]]:
-    """The bundled DiT with lively gates, and its file with telemetry."""
-    from lazycompress.integrations.digits.model import load_bundled
-
-    def make(branches: list[lazycompress.Branch]) -> Gates:
-        gates = Gates([b.name for b in branches], [b.width for b in branches], torch.linspace(0, 980, 50))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            gates.bias.copy_(torch.randn(gates.bias.shape, generator=generator) * 3)
-            for weight in gates.weights:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-        return gates
-
+def lazy() -> LazyModel:
+    """The bundled DiT with lively gates."""
     inputs = {
         "hidden_states": torch.randn(2, 1, 8, 8),
         "timestep": torch.tensor([980, 980]),
         "class_labels": torch.tensor([1, 2]),
     }
-    lazy = wrap(load_bundled(), (), inputs, make)
-    folder = lazycompress.export(lazy, tmp_path_factory.mktemp("export") / "out", format="openvino", telemetry=True)
-    yield lazy, folder
+    return wrap(load_bundled(), (), inputs, make_lively_gates)
+
+
+@pytest.fixture(scope="module")
+def openvino_folder(lazy: LazyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lazycompress.export(lazy, tmp_path_factory.mktemp("openvino") / "out", format="openvino", telemetry=True)
+
+
+@pytest.fixture(scope="module")
+def onnx_folder(lazy: LazyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lazycompress.export(lazy, tmp_path_factory.mktemp("onnx") / "out", format="onnx", telemetry=True)
+
+
+@pytest.fixture(params=["openvino", "onnx"])
+def start(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """Starts a runner of the file, in either format, with a state of its own."""
+    folder = request.getfixturevalue(f"{request.param}_folder")
+    return partial(OpenVINORunner if request.param == "openvino" else OnnxRunner, folder)
 
 
 def images(model: Callable[..., object], seed: int, batch: int = BATCH, steps: int = 50) -> Tensor:
@@ -53,10 +61,9 @@ def images(model: Callable[..., object], seed: int, batch: int = BATCH, steps: i
         return digits_sampler(draw_noise(batch, seed), labels, steps)(model)
 
 
-def test_decisions_and_outputs_equal_torch_over_fifty_steps(exported: tuple[LazyModel, Path]) -> None:
-    lazy, folder = exported
+def test_decisions_and_outputs_equal_torch_over_fifty_steps(lazy: LazyModel, start: Callable[[], Any]) -> None:
     lazy.reset()
-    runner = OpenVINORunner(folder)
+    runner = start()
     scheduler = build_scheduler()
     scheduler.set_timesteps(50)
     labels = torch.arange(BATCH)
@@ -76,19 +83,17 @@ def test_decisions_and_outputs_equal_torch_over_fifty_steps(exported: tuple[Lazy
     assert ((reused > 0) & (reused < 1)).any(), "samples of one batch decide differently"
 
 
-def test_two_images_in_a_row_equal_two_fresh_loads(exported: tuple[LazyModel, Path]) -> None:
-    _, folder = exported
-    runner = OpenVINORunner(folder)
+def test_two_images_in_a_row_equal_two_fresh_loads(start: Callable[[], Any]) -> None:
+    runner = start()
     in_a_row = [images(runner, seed, steps=20) for seed in (1, 2, 1)]
-    fresh = [images(OpenVINORunner(folder), seed, steps=20) for seed in (1, 2)]
+    fresh = [images(start(), seed, steps=20) for seed in (1, 2)]
     assert torch.equal(in_a_row[0], fresh[0])
     assert torch.equal(in_a_row[1], fresh[1])
     assert torch.equal(in_a_row[2], fresh[0])
 
 
-def test_other_batch_sizes_and_prompts_need_no_reset(exported: tuple[LazyModel, Path]) -> None:
-    lazy, folder = exported
-    runner = OpenVINORunner(folder)
+def test_other_batch_sizes_and_prompts_need_no_reset(lazy: LazyModel, start: Callable[[], Any]) -> None:
+    runner = start()
     lazy.reset()
     for seed, batch, steps in ((1, 4, 7), (2, 3, 5), (3, 3, 9), (4, 1, 6), (5, 5, 6)):
         expected, found = images(lazy, seed, batch, steps), images(runner, seed, batch, steps)
@@ -96,9 +101,8 @@ def test_other_batch_sizes_and_prompts_need_no_reset(exported: tuple[LazyModel, 
     assert runner.summary().skip_ratio == pytest.approx(lazy.summary().skip_ratio)
 
 
-def test_an_interrupted_run_does_not_reach_the_next_prompt(exported: tuple[LazyModel, Path]) -> None:
-    _, folder = exported
-    runner, fresh = OpenVINORunner(folder), OpenVINORunner(folder)
+def test_an_interrupted_run_does_not_reach_the_next_prompt(start: Callable[[], Any]) -> None:
+    runner, fresh = start(), start()
     stopped = {"hidden_states": draw_noise(2, 1), "timestep": torch.tensor([900, 900]), "class_labels": torch.tensor([1, 2])}
     begun = {"hidden_states": draw_noise(2, 2), "timestep": torch.tensor([500, 500]), "class_labels": torch.tensor([1, 3])}
     alone = {name: value[1:] for name, value in begun.items()}
@@ -107,9 +111,8 @@ def test_an_interrupted_run_does_not_reach_the_next_prompt(exported: tuple[LazyM
     assert torch.allclose(after[1:], fresh(**alone).sample, atol=1e-5)
 
 
-def test_the_file_holds_ifs_and_state_and_the_originals_names(exported: tuple[LazyModel, Path]) -> None:
-    lazy, folder = exported
-    model = ov.Core().read_model(folder / "openvino_model.xml")
+def test_the_file_holds_ifs_and_state_and_the_originals_names(lazy: LazyModel, openvino_folder: Path) -> None:
+    model = ov.Core().read_model(openvino_folder / "openvino_model.xml")
     kinds = [node.get_type_name() for node in model.get_ordered_ops()]
     assert kinds.count("If") == len(lazy.branches)
     assert kinds.count("ReadValue") == kinds.count("Assign") == len(lazy.branches) + 2
@@ -119,42 +122,37 @@ def test_the_file_holds_ifs_and_state_and_the_originals_names(exported: tuple[La
     assert "ScaledDotProductAttention" not in outer, "attention runs inside the branches only"
 
 
-def test_without_telemetry_there_is_only_the_originals_output(exported: tuple[LazyModel, Path], tmp_path: Path) -> None:
-    lazy, _ = exported
+def test_without_telemetry_there_is_only_the_originals_output(lazy: LazyModel, tmp_path: Path) -> None:
     folder = lazycompress.export(lazy, tmp_path / "plain")
     model = ov.Core().read_model(folder / "openvino_model.xml")
     assert [port.get_names() for port in model.outputs] == [{"sample"}]
 
 
-def test_the_card_says_what_the_file_is(exported: tuple[LazyModel, Path]) -> None:
-    lazy, folder = exported
-    card = json.loads((folder / "lazycompress.json").read_text())
+def test_the_card_says_what_the_file_is(lazy: LazyModel, openvino_folder: Path) -> None:
+    card = json.loads((openvino_folder / "lazycompress.json").read_text())
     assert [branch["name"] for branch in card["branches"]] == [branch.name for branch in lazy.branches]
     assert card["timestep"] == "timestep"
     assert card["format"] == "openvino"
     assert card["versions"]["openvino"]
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(exported: tuple[LazyModel, Path], tmp_path: Path) -> None:
-    lazy, folder = exported
+def test_a_folder_that_is_not_ours_is_left_alone(lazy: LazyModel, openvino_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("ten years")
     with pytest.raises(LazyCompressError, match="is not empty and no export"):
         lazycompress.export(lazy, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "ten years"
     with pytest.raises(LazyCompressError, match="overwrite=True"):
-        lazycompress.export(lazy, folder)
+        lazycompress.export(lazy, openvino_folder)
 
 
 @pytest.mark.parametrize(("format", "expected"), [("tflite", "no export format 'tflite'")])
-def test_an_unknown_format_is_one_line(exported: tuple[LazyModel, Path], tmp_path: Path, format: str, expected: str) -> None:
-    lazy, _ = exported
+def test_an_unknown_format_is_one_line(lazy: LazyModel, tmp_path: Path, format: str, expected: str) -> None:
     with pytest.raises(LazyCompressError, match=expected):
         lazycompress.export(lazy, tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_place_is_one_line_and_leaves_nothing(exported: tuple[LazyModel, Path], tmp_path: Path) -> None:
-    lazy, _ = exported
+def test_an_unwritable_place_is_one_line_and_leaves_nothing(lazy: LazyModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LazyCompressError, match="cannot write"):
         lazycompress.export(lazy, tmp_path / "file" / "out")
@@ -165,11 +163,9 @@ def test_an_unwritable_place_is_one_line_and_leaves_nothing(exported: tuple[Lazy
 
 
 def test_a_failed_export_leaves_no_folder(
-    exported: tuple[LazyModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lazy: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lazycompress.export import openvino
-
-    lazy, _ = exported
 
     def fail(*_: object) -> None:
         raise RuntimeError("disk full")
@@ -180,8 +176,8 @@ def test_a_failed_export_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_call_without_an_input_names_it(exported: tuple[LazyModel, Path]) -> None:
-    runner = OpenVINORunner(exported[1])
+def test_a_call_without_an_input_names_it(start: Callable[[], Any]) -> None:
+    runner = start()
     with pytest.raises(LazyCompressError, match="missing: class_labels"):
         runner(hidden_states=torch.zeros(1, 1, 8, 8), timestep=torch.tensor([1]))
 
@@ -189,10 +185,33 @@ def test_a_call_without_an_input_names_it(exported: tuple[LazyModel, Path]) -> N
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(LazyCompressError, match=r"holds no openvino_model\.xml"):
         OpenVINORunner(tmp_path)
+    with pytest.raises(LazyCompressError, match=r"holds no model\.onnx"):
+        OnnxRunner(tmp_path)
 
 
-def test_saved_gates_load_into_an_equal_model(digits: nn.Module, exported: tuple[LazyModel, Path], tmp_path: Path) -> None:
-    lazy, _ = exported
+def test_the_onnx_file_checks_and_runs_in_openvino_too(lazy: LazyModel, onnx_folder: Path) -> None:
+    model = onnx.load(onnx_folder / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.op_type == "If" for node in model.graph.node) == len(lazy.branches)
+    names = [i.name for i in model.graph.input]
+    assert names[:3] == ["hidden_states", "timestep", "class_labels"]
+    assert all(name.startswith("past_") for name in names[3:])
+    assert [o.name for o in model.graph.output][0] == "sample"
+    card = json.loads((onnx_folder / "lazycompress.json").read_text())
+    assert card["opset"] == 20
+    compiled = ov.Core().compile_model(onnx_folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    inputs = {"hidden_states": draw_noise(2, 3), "timestep": torch.tensor([900, 900]), "class_labels": torch.tensor([4, 5])}
+    state = {
+        entry["name"]: torch.full([2 if size == -1 else size for size in entry["shape"]], entry["fill"])
+        for entry in card["state"]
+    }
+    found = compiled({name: value.numpy() for name, value in {**inputs, **state}.items()})["sample"]
+    lazy.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), lazy(**inputs).sample, rtol=0, atol=1e-4)
+
+
+def test_saved_gates_load_into_an_equal_model(digits: nn.Module, lazy: LazyModel, tmp_path: Path) -> None:
     lazycompress.save(lazy, tmp_path / "gates")
     loaded = lazycompress.load(digits, tmp_path / "gates")
     lazy.reset()

@@ -1,0 +1,100 @@
+"""Calls an exported ONNX folder like the model it came from, carrying its state from call to call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils import dlpack
+
+from ..errors import ExportError, InputError, MissingExtraError
+from ..report import Summary, Usage
+from .card import FileBranch, Output, read_card
+from .onnx import MODEL_FILE
+from .trace import DECISIONS
+
+try:
+    import onnxruntime as ort
+except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
+    raise MissingExtraError("onnxruntime", "onnx", "running an ONNX folder") from _error
+
+
+class OnnxRunner:
+    """An ONNX Runtime session with the state of one image (or one batch of images).
+
+    Called with the original's keyword arguments (tensors), it returns an object with the original's outputs as attributes and
+    by position. Caches stay in ONNX Runtime's own memory: each call's outputs are bound as the next call's inputs.
+    With telemetry in the file, `summary()` tells what was reused.
+
+    Args:
+        directory: what `lazycompress.export(..., format="onnx")` wrote.
+        session: ONNX Runtime session options; left out, the defaults.
+
+    Raises:
+        ExportError: the folder holds no ONNX export.
+    """
+
+    def __init__(self, directory: str | Path, session: ort.SessionOptions | None = None) -> None:
+        path = Path(directory) / MODEL_FILE
+        if not path.is_file():
+            raise ExportError(f"{directory} holds no {MODEL_FILE}; lazycompress.export(..., format='onnx') writes it")
+        card = read_card(directory)
+        self.session = ort.InferenceSession(str(path), session, providers=["CPUExecutionProvider"])
+        self._state = card["state"]
+        past = {entry["name"] for entry in self._state}
+        self._inputs = [i.name for i in self.session.get_inputs() if i.name not in past]
+        self._known = {i.name for i in self.session.get_inputs()}
+        self._outputs = [o.name for o in self.session.get_outputs()]
+        self._latents: str = card["latents"]
+        self._timestep: str = card["timestep"]
+        self._past: dict[str, Any] = {}
+        self._batch = -1
+        self._branches = [FileBranch(**branch) for branch in card["branches"]]
+        self.usage = Usage([branch.macs for branch in self._branches])
+
+    def __call__(self, **inputs: Any) -> Any:
+        missing = [name for name in self._inputs if not isinstance(inputs.get(name), Tensor)]
+        if missing:
+            raise InputError(
+                f"the exported model needs the tensors {', '.join(self._inputs)}; missing: {', '.join(missing)}"
+            )
+        batch = inputs[self._latents].shape[0]
+        if batch != self._batch:
+            self._past, self._batch = self._fresh(batch), batch
+        binding = self.session.io_binding()
+        for name in self._inputs:
+            binding.bind_ortvalue_input(
+                name, ort.OrtValue.ortvalue_from_numpy(inputs[name].detach().contiguous().numpy())
+            )
+        for name, value in self._past.items():
+            if name in self._known:
+                binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        self._past = {name: results.pop(name.replace("past", "present", 1)) for name in self._past}
+        found = {name: dlpack.from_dlpack(value._ortvalue.to_dlpack()) for name, value in results.items()}
+        decisions = found.pop(DECISIONS, None)
+        if decisions is not None:
+            self.usage.add(inputs[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
+        return Output(found)
+
+    def reset(self) -> None:
+        """Forget the image that was sampled last, and the statistics."""
+        self._batch = -1
+        self.usage.clear()
+
+    def summary(self) -> Summary:
+        """What was reused since the last reset; all zero for a file without telemetry."""
+        return self.usage.summary(self._branches)
+
+    def _fresh(self, batch: int) -> dict[str, Any]:
+        values = {}
+        for entry in self._state:
+            shape = [batch * entry["scale"] if size == -1 else size for size in entry["shape"]]
+            array = np.full(shape, entry["fill"], dtype=entry["dtype"])
+            values[entry["name"]] = ort.OrtValue.ortvalue_from_numpy(array)
+        return values
