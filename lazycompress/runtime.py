@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 
 Policy = Literal["learned", "compute", "reuse"]
 
+#: Scores below this belong to decisions that guards forbid.
+NEVER_REUSED = 1e-6
+
 _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
 
 
@@ -183,6 +186,41 @@ class LazyModel(nn.Module):
         conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
         return _Program(captured, flat, lower(flat))
+
+    def set_target(self, target: float) -> float:
+        """Move the threshold so that at most `target` of the branches' MACs are computed, without training.
+
+        It counts the gates' biases on their own timestep grid, so it holds for a sampler with the steps of training; gates with
+        per-sample weights meet it on average only.
+
+        Args:
+            target: computed share of the branches' MACs, in (0, 1].
+
+        Returns:
+            The share that the new threshold gives.
+
+        Raises:
+            LazyCompressError: the gates, or the guards they were trained under, allow no such share.
+        """
+        if not 0.0 < target <= 1.0:
+            raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {target}")
+        cost = torch.tensor([float(branch.macs) for branch in self.branches])
+        cost = (cost / cost.sum()).unsqueeze(1).expand_as(self.gates.bias) / self.gates.bias.shape[1]
+        scores, order = torch.sigmoid(self.gates.bias.detach().cpu()).flatten().sort(descending=True)
+        reused = cost.flatten()[order].cumsum(0)
+        possible = scores > NEVER_REUSED
+        enough = (reused >= 1.0 - target - 1e-6) & possible
+        if target == 1.0:
+            threshold, share = 1.0, 1.0
+        elif not bool(enough.any()):
+            least = 1.0 - float(reused[possible][-1]) if bool(possible.any()) else 1.0
+            raise LazyCompressError(f"target {target}: the gates and their guards allow {least:.2f} at least")
+        else:
+            last = int(enough.nonzero()[0])
+            below = float(scores[last + 1]) if last + 1 < len(scores) else 0.0
+            threshold, share = (float(scores[last]) + below) / 2, 1.0 - float(reused[last])
+        self.gates.threshold.fill_(threshold)
+        return share
 
     @contextmanager
     def controlled(self, controller: Controller) -> Iterator[None]:

@@ -28,10 +28,15 @@ from lazycompress.runtime import LazyModel, wrap
 
 from .zoo.specimen import Specimen, reuse_reference
 
-MODULES = (
-    "diffusers_image diffusers_image_joint diffusers_image_single diffusers_video diffusers_video_more diffusers_audio "
-    "styles_all"
-).split()
+MODULES = [
+    "diffusers_image",
+    "diffusers_image_joint",
+    "diffusers_image_single",
+    "diffusers_video",
+    "diffusers_video_more",
+    "diffusers_audio",
+    "styles_all",
+]
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 
@@ -208,7 +213,7 @@ def committed() -> dict[str, list[str]]:
     """The cells of the kept table by name, or nothing if there is none."""
     if not TABLE.exists():
         return {}
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")][2:]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {cells[0].strip("| "): [cell.strip("| ") for cell in cells] for cells in rows}
 

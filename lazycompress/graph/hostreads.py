@@ -130,7 +130,7 @@ def split_reads(graph_module: fx.GraphModule, count: int) -> fx.GraphModule | No
     wanted = results[len(results) - count :]
     guard = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
-    guard.output(guard.graph_copy(graph, mapped))  # type: ignore[arg-type]
+    guard.output(guard.graph_copy(graph, mapped))
     last = next(node for node in guard.nodes if node.op == "output")
     last.args = (tuple(mapped[node] for node in wanted),)
     remove_dead(guard)

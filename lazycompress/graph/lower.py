@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from ..gate import decide, select
 from .capture import size_node
 from .insert import LazyGraph
-from .ops import is_data_size, is_heavy
+from .ops import is_data_size, is_dynamic, is_heavy
 
 _ops = torch.ops.lazycompress
 
@@ -367,7 +367,10 @@ def _extract(
 
 
 def _sources(
-    node: fx.Node, batch: sympy.Symbol | None, constant: set[fx.Node], again: dict[fx.Node, list[fx.Node] | None]
+    node: fx.Node,
+    batch: tuple[sympy.Symbol, ...] | None,
+    constant: set[fx.Node],
+    again: dict[fx.Node, list[fx.Node] | None],
 ) -> list[fx.Node]:
     """The node itself if it can be cut to some samples, else what to compute it from (rule 4)."""
     found = _cuttable(node, batch, constant, again, 12)
@@ -376,7 +379,7 @@ def _sources(
 
 def _cuttable(
     node: fx.Node,
-    batch: sympy.Symbol | None,
+    batch: tuple[sympy.Symbol, ...] | None,
     constant: set[fx.Node],
     again: dict[fx.Node, list[fx.Node] | None],
     depth: int,
@@ -394,24 +397,31 @@ def _cuttable(
     return found
 
 
-def _batch_symbol(flat: LazyGraph) -> sympy.Symbol | None:
+def _batch_symbol(flat: LazyGraph) -> tuple[sympy.Symbol, ...] | None:
+    """The symbol of the batch, then those of other inputs that `torch.export` did not find out to be the same (masks)."""
     placeholders = [node for node in flat.graph_module.graph.nodes if node.op == "placeholder"]
-    size = placeholders[flat.latents].meta["val"].shape[0]
-    return size.node.expr if isinstance(size, torch.SymInt) else None
+    sizes = [node.meta["val"].shape[0] for node, leaf in zip(placeholders, flat.leaves, strict=False) if leaf.batched]
+    symbols = [size.node.expr for size in sizes if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol]
+    latents = placeholders[flat.latents].meta["val"].shape[0]
+    if not is_dynamic(latents):
+        return None
+    return tuple(dict.fromkeys([latents.node.expr, *symbols]))
 
 
-def _rows(node: fx.Node, batch: sympy.Symbol | None) -> int:
+def _rows(node: fx.Node, batch: tuple[sympy.Symbol, ...] | None) -> int:
     """Rows of dim 0 per sample; 0 if the batch is in no dimension, -1 if it is in another than the first."""
     value = node.meta.get("val")
     if batch is None or not isinstance(value, Tensor):
         return -1
-    where = [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and batch in s.node.expr.free_symbols]
+    where = [
+        d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & set(batch)
+    ]
     if not where:
         return 0
     if where != [0]:
         return -1
     first: Any = value.shape[0]
-    factor = sympy.simplify(first.node.expr / batch)
+    factor = sympy.simplify(first.node.expr.subs(dict.fromkeys(batch, batch[0])) / batch[0])
     return int(factor) if factor.is_Integer else -1
 
 

@@ -103,7 +103,7 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
         limits = _limits(effects, recipe, excluded, len(lazy.branches))
         macs = [branch.macs for branch in lazy.branches]
         planner = Planner(effects, macs, limits)
-        schedule, order = planner.fill(recipe.target)
+        schedule, _ = planner.fill(recipe.target)
         if planner.macs_ratio(schedule) > recipe.target + 0.02:
             raise RecipeError(
                 f"target {recipe.target}: the guards leave at most {1 - planner.macs_ratio(schedule):.0%} of the branch MACs "
@@ -138,7 +138,10 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     finally:
         bar.close()
         torch.set_rng_state(generator_state)
-    lazy.set_gates(_gates_of(lazy, effects, schedule, order, limits, recipe))
+    inner = Planner(effects, macs, Limits(schedule, recipe.guards.max_reuse))
+    _, taken = inner.fill(planner.macs_ratio(schedule))
+    _, further = planner.fill(0.0, schedule)
+    lazy.set_gates(_gates_of(lazy, effects, schedule, taken, further, limits))
     return TrainReport(
         recipe.target, planner.macs_ratio(schedule), float(errors.mean()), float(errors.median()),
         float(errors.quantile(0.99)), forwards, time.perf_counter() - started, history,
@@ -185,29 +188,30 @@ def _robust(errors: Tensor, reference: Tensor) -> float:
 
 
 def _gates_of(
-    lazy: LazyModel, effects: Effects, schedule: Bools, order: list[tuple[int, int]], limits: Limits, recipe: Recipe
+    lazy: LazyModel,
+    effects: Effects,
+    schedule: Bools,
+    taken: list[tuple[int, int]],
+    further: list[tuple[int, int]],
+    limits: Limits,
 ) -> Gates:
+    """Gates for a schedule: `taken` are its decisions from the safest on, `further` the others from the safest on."""
     times = effects.timesteps
     if bool((times[1:] > times[:-1]).all()) and len(times) > 1:
         direction = -1
     elif bool((times[1:] <= times[:-1]).all()):
         direction = 1
     else:
-        raise InputError(
-            f"the sampler's timesteps neither rise nor fall: {[round(t, 3) for t in times.tolist()[:6]]}, ..."
-        )
+        raise InputError(f"the sampler's timesteps neither rise nor fall: {[round(t, 3) for t in times.tolist()[:6]]}, ...")
     steps, branches = schedule.shape
-    # Early decisions of the greedy fill are the safest; among the others those that it came to are nearer than the rest.
-    rank = {decision: k / max(1, len(order)) for k, decision in enumerate(order)}
-    bias = np.full((steps, branches), _NEVER)
-    for t, b in zip(*np.nonzero(limits.allowed), strict=True):
-        place = rank.get((int(t), int(b)), 1.0)
-        bias[t, b] = 4.0 - 3.0 * place if schedule[t, b] else -1.0 - 3.0 * place
+    bias = np.where(limits.allowed, -4.5, _NEVER)
+    for k, (t, b) in enumerate(taken):
+        bias[t, b] = 4.0 - 3.0 * k / len(taken)
+    for k, (t, b) in enumerate(further):
+        bias[t, b] = -1.0 - 3.0 * k / len(further)
     grid, position = np.unique(times.double().numpy(), return_inverse=True)
     table = np.full((len(grid), branches), _NEVER)
-    for t in range(
-        steps
-    ):  # calls that share a timestep (second-order samplers) share a gate: reuse if any of them does
+    for t in range(steps):  # calls that share a timestep (second-order samplers) share a gate: reuse if any of them does
         table[position[t]] = np.maximum(table[position[t]], bias[t])
     gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], torch.from_numpy(grid), direction)
     with torch.no_grad():

@@ -79,7 +79,9 @@ def main() -> None:
     ratio = growth(timings)
     print(f"growth against linear, 2 to 60 blocks: {ratio:.2f} (at most {LIMIT})")
     branches, captured, located, nodes = locate_large()
-    print(f"57 blocks on the meta device: {len(branches)} branches, {sum(b.macs for b in branches) / 1e12:.2f} TMACs per sample;")
+    print(
+        f"57 blocks on the meta device: {len(branches)} branches, {sum(b.macs for b in branches) / 1e12:.2f} TMACs per sample;"
+    )
     print(f"captured in {captured:.1f} s, located in {located:.2f} s, {nodes} nodes")
 
 
