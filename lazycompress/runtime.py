@@ -176,8 +176,8 @@ class LazyModel(nn.Module):
 
     def _build(self, captured: Capture, call: Call) -> _Program:
         branches = locate_branches(captured.graph_module.graph, captured.batch)
-        found = [(b.name, b.width) for b in branches]
-        known = [(name, w.shape[1]) for name, w in zip(self.gates.names, self.gates.weights, strict=True)]
+        found = [b.width for b in branches]  # names may differ by the way of capture; the order does not
+        known = [w.shape[1] for w in self.gates.weights]
         if found != known:
             raise InputError(
                 f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}"

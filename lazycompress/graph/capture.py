@@ -370,10 +370,14 @@ def _sizes_from_placeholders(graph: fx.Graph) -> None:
         if node.op != "call_function" or node in known_nodes or not isinstance(value, torch.SymInt):
             continue
         if value.node.expr.is_Integer:
+            constant = int(value.node.expr)
+
+            def put(used: fx.Node, node: fx.Node = node, constant: int = constant) -> Any:
+                return constant if used is node else used
+
             for user in list(node.users):
-                user.args = fx.map_arg(
-                    user.args, lambda n, node=node, value=value: int(value.node.expr) if n is node else n
-                )
+                user.args = fx.map_arg(user.args, put)
+                user.kwargs = fx.map_arg(user.kwargs, put)
             continue
         with graph.inserting_before(node):
             rebuilt = size_node(graph, value.node.expr, symbols)

@@ -465,14 +465,15 @@ def _common_module(nodes: list[fx.Node]) -> str:
 
 def _name_apart(branches: list[Branch]) -> None:
     """Add the kind, then a number, to names that several branches share."""
-    for make in (lambda b, k: f"{b.name}.{b.kind}" if b.name else b.kind, lambda b, k: f"{b.name}.{k}"):
+    for numbered in (False, True):
         groups: dict[str, list[Branch]] = {}
         for branch in branches:
             groups.setdefault(branch.name, []).append(branch)
         for name, group in groups.items():
             if len(group) > 1 or not name:
                 for k, branch in enumerate(group):
-                    branch.name = make(branch, k)
+                    suffix = str(k) if numbered else branch.kind
+                    branch.name = f"{branch.name}.{suffix}" if branch.name else suffix
 
 
 __all__ = ["HEAVY", "Branch", "Stream", "locate_branches"]
