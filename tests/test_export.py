@@ -103,8 +103,16 @@ def test_other_batch_sizes_and_prompts_need_no_reset(lazy: LazyModel, start: Cal
 
 def test_an_interrupted_run_does_not_reach_the_next_prompt(start: Callable[[], Any]) -> None:
     runner, fresh = start(), start()
-    stopped = {"hidden_states": draw_noise(2, 1), "timestep": torch.tensor([900, 900]), "class_labels": torch.tensor([1, 2])}
-    begun = {"hidden_states": draw_noise(2, 2), "timestep": torch.tensor([500, 500]), "class_labels": torch.tensor([1, 3])}
+    stopped = {
+        "hidden_states": draw_noise(2, 1),
+        "timestep": torch.tensor([900, 900]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    begun = {
+        "hidden_states": draw_noise(2, 2),
+        "timestep": torch.tensor([500, 500]),
+        "class_labels": torch.tensor([1, 3]),
+    }
     alone = {name: value[1:] for name, value in begun.items()}
     runner(**stopped)
     after = runner(**begun).sample
@@ -162,9 +170,7 @@ def test_an_unwritable_place_is_one_line_and_leaves_nothing(lazy: LazyModel, tmp
             lazycompress.export(lazy, tmp_path / "out")
 
 
-def test_a_failed_export_leaves_no_folder(
-    lazy: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_no_folder(lazy: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lazycompress.export import openvino
 
     def fail(*_: object) -> None:
@@ -200,7 +206,11 @@ def test_the_onnx_file_checks_and_runs_in_openvino_too(lazy: LazyModel, onnx_fol
     card = json.loads((onnx_folder / "lazycompress.json").read_text())
     assert card["opset"] == 20
     compiled = ov.Core().compile_model(onnx_folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    inputs = {"hidden_states": draw_noise(2, 3), "timestep": torch.tensor([900, 900]), "class_labels": torch.tensor([4, 5])}
+    inputs = {
+        "hidden_states": draw_noise(2, 3),
+        "timestep": torch.tensor([900, 900]),
+        "class_labels": torch.tensor([4, 5]),
+    }
     state = {
         entry["name"]: torch.full([2 if size == -1 else size for size in entry["shape"]], entry["fill"])
         for entry in card["state"]

@@ -94,7 +94,10 @@ def test_a_schedule_keeps_budget_and_limits(target: float, max_reuse: int, seed:
         assert target - 30 / 600 <= planner.macs_ratio(schedule) <= target + 1e-9
     swapped = planner.swap(target, schedule, rounds=20)
     assert planner.predicted(swapped) <= planner.predicted(schedule) + 1e-9
-    assert planner.macs_ratio(swapped) <= planner.macs_ratio(schedule) + 1e-9 or planner.macs_ratio(swapped) <= target + 1e-9
+    assert (
+        planner.macs_ratio(swapped) <= planner.macs_ratio(schedule) + 1e-9
+        or planner.macs_ratio(swapped) <= target + 1e-9
+    )
     assert all(run_lengths(swapped[:, b]).max() <= max_reuse for b in range(3))
 
 
@@ -145,7 +148,12 @@ def test_the_same_seed_gives_the_same_gates_and_leaves_the_callers_noise_alone(d
 
 
 def test_guards_hold_in_what_runs(digits: nn.Module) -> None:
-    guards = {"guards.warmup_steps": 3, "guards.last_steps": 2, "guards.max_reuse": 2, "guards.exclude": ["re:.*attn.*"]}
+    guards = {
+        "guards.warmup_steps": 3,
+        "guards.last_steps": 2,
+        "guards.max_reuse": 2,
+        "guards.exclude": ["re:.*attn.*"],
+    }
     lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, **guards, "target": 0.8}, progress=False)
     with torch.no_grad():
         build_sampler(lazy.recipe.sampling)(lazy)

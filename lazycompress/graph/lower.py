@@ -89,32 +89,39 @@ class LazyBranch(nn.Module):
             pairs = zip(self.run(operands), caches, strict=True)
             return [select(new, fit(old, new.shape[0]), lazy) for new, old in pairs]
         cut = [take(value, samples, operand.rows) for value, operand in zip(operands, self.operands, strict=True)]
-        return [
-            put(old, samples, new, lazy.shape[0], rows)
-            for new, old, rows in zip(self.run(cut), caches, self.outputs, strict=True)
-        ]
+        # Each sample's row among the computed ones. A gather and a choice: converters make an element-wise scatter, which
+        # is many times slower, of an index copy.
+        place = (torch.cumsum(~lazy, 0) - 1).clamp(min=0)
+        spread = [take(new, place, rows) for new, rows in zip(self.run(cut), self.outputs, strict=True)]
+        return [select(new, fit(old, new.shape[0]), lazy) for new, old in zip(spread, caches, strict=True)]
 
     def _as_cond(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
         weights = dict(self.core.named_parameters()) | dict(self.core.named_buffers())
         names, values = list(weights), list(weights.values())
         count = len(caches)
 
-        def compute(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            swapped = dict(zip(names, rest[count + len(operands) :], strict=True))
-            branch = _Swapped(self, swapped)
-            return tuple(branch.mixed(lazy, samples, rest[:count], rest[count : count + len(operands)]))
+        weight_names = names
+        inner = count + len(operands)
+        cond = torch.ops.higher_order.cond
 
-        def reuse(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        def everyone(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            swapped = dict(zip(weight_names, rest[inner:], strict=True))
+            return tuple(_Swapped(self, swapped).run(rest[count:inner]))
+
+        def some(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            swapped = dict(zip(weight_names, rest[inner:], strict=True))
+            return tuple(_Swapped(self, swapped).mixed(lazy, samples, rest[:count], rest[count:inner]))
+
+        def nobody(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return tuple(cache.clone() for cache in rest[:count])
 
-        # Outside of the body: a size that only the data knows may not be born inside and leave it.
-        samples = computing(lazy)
+        def not_everyone(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            return tuple(cond((~lazy).any(), some, nobody, (lazy, samples, *rest)))
 
+        # Outside of the bodies: a size that only the data knows may not be born inside and leave them.
+        samples = computing(lazy)
         # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
-        result = torch.ops.higher_order.cond(
-            (~lazy).any(), compute, reuse, (lazy, samples, *caches, *operands, *values)
-        )
-        return list(result)
+        return list(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *caches, *operands, *values)))
 
 
 class _Swapped:
@@ -161,15 +168,6 @@ def fit(old: Tensor, rows: int) -> Tensor:
     It has another number where nothing of it is kept: the state of an exported model before its first image.
     """
     return old.index_select(0, torch.arange(rows, device=old.device).clamp(max=old.shape[0] - 1))
-
-
-def put(old: Tensor, samples: Tensor, new: Tensor, batch: int, rows: int) -> Tensor:
-    """`old` with the rows of `samples` replaced by `new`."""
-    base = fit(old, batch * rows)
-    if rows == 1:
-        return base.index_copy(0, samples, new)
-    folded = base.reshape(batch, rows, *old.shape[1:])
-    return folded.index_copy(0, samples, new.reshape(-1, rows, *old.shape[1:])).reshape(base.shape)
 
 
 def lower(flat: LazyGraph) -> LazyGraph:

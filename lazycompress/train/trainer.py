@@ -202,7 +202,9 @@ def _gates_of(
     elif bool((times[1:] <= times[:-1]).all()):
         direction = 1
     else:
-        raise InputError(f"the sampler's timesteps neither rise nor fall: {[round(t, 3) for t in times.tolist()[:6]]}, ...")
+        raise InputError(
+            f"the sampler's timesteps neither rise nor fall: {[round(t, 3) for t in times.tolist()[:6]]}, ..."
+        )
     steps, branches = schedule.shape
     bias = np.where(limits.allowed, -4.5, _NEVER)
     for k, (t, b) in enumerate(taken):
@@ -211,7 +213,9 @@ def _gates_of(
         bias[t, b] = -1.0 - 3.0 * k / len(further)
     grid, position = np.unique(times.double().numpy(), return_inverse=True)
     table = np.full((len(grid), branches), _NEVER)
-    for t in range(steps):  # calls that share a timestep (second-order samplers) share a gate: reuse if any of them does
+    for t in range(
+        steps
+    ):  # calls that share a timestep (second-order samplers) share a gate: reuse if any of them does
         table[position[t]] = np.maximum(table[position[t]], bias[t])
     gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], torch.from_numpy(grid), direction)
     with torch.no_grad():
