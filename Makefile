@@ -33,7 +33,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
 
 docs: $(STAMP)
-	$(BIN)/python -m tests.docs
+	$(BIN)/lazycompress recipes --reference > docs/recipes.md
+	$(BIN)/python -m tests.coverage --write docs/coverage.md
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

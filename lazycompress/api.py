@@ -81,7 +81,7 @@ def apply(
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")
         sampling = chosen.sampling
         example_inputs = build_inputs(model, sampling) if sampling is not None else first_call(model, sampler)
-    lazy = LazyModel(model, call_of(model, example_inputs), timestep_input=chosen.gates.timestep_input or None)
+    lazy = LazyModel(model, call_of(model, example_inputs), timestep_input=chosen.timestep_input or None)
     lazy.recipe = chosen
     if chosen.train.enabled and sampler is not None:
         from .train.trainer import train_gates

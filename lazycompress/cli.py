@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .errors import LazyCompressError
+from .errors import InputError, LazyCompressError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .recipe import Recipe
+
+_EXAMPLES = """examples:
+  lazycompress demo out/demo
+  lazycompress recipes
+  lazycompress locate --model my_dit/ --recipe mine.yaml --svg branches.svg
+  lazycompress apply --model my_dit/ --recipe mine.yaml --set target=0.4 gates/
+  lazycompress export --model my_dit/ --gates gates/ --format openvino out/
+  lazycompress summary out/
+
+A model is a local folder in diffusers' layout: a single model's or a whole pipeline's. Its inputs come from the recipe's
+sampling section. Exit codes: 0 done, 1 the input was at fault (one line on stderr), 2 wrong usage.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. Exit codes: 0 done, 1 the input was at fault (one line on stderr), 2 wrong usage."""
-    parser = argparse.ArgumentParser(prog="lazycompress", description="Makes any Diffusion Transformer lazy.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="learn, export, sample and compare on the bundled model")
-    demo.add_argument("directory", type=Path, help="where to write")
-    demo.add_argument("--images", type=int, default=2000, help="images per way of sampling (default: 2000)")
-    demo.set_defaults(run=_demo)
-    options = parser.parse_args(arguments)
+    """Run one command."""
+    options = _parser().parse_args(arguments)
     try:
         options.run(options)
     except LazyCompressError as error:
@@ -26,7 +39,185 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1) from None
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lazycompress",
+        description="Makes any Diffusion Transformer lazy: finds its branches, learns when to reuse them, exports the result.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print JSON for other programs")
+        return made
+
+    def with_model(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--model", type=Path, required=True, metavar="DIR", help="folder of a diffusers model or pipeline"
+        )
+
+    def with_recipe(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--recipe", default="lazy_dit.yaml", help="file or shipped recipe (default: lazy_dit.yaml)")
+        made.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a recipe field, such as target=0.4",
+        )
+
+    locate = command("locate", _locate, "print the branches of a model; nothing is changed")
+    with_model(locate)
+    with_recipe(locate)
+    locate.add_argument("--svg", type=Path, metavar="FILE", help="also draw the model with its branches")
+
+    apply = command("apply", _apply, "learn gates and write them to a folder")
+    with_model(apply)
+    with_recipe(apply)
+    apply.add_argument("directory", type=Path, help="where to write the gates")
+
+    export = command("export", _export, "write a model and its gates as OpenVINO or ONNX")
+    with_model(export)
+    export.add_argument("--gates", type=Path, required=True, metavar="DIR", help="what 'lazycompress apply' wrote")
+    export.add_argument("--format", choices=["openvino", "onnx"], help="file format (default: the recipe's)")
+    export.add_argument("--telemetry", action="store_true", help="add an output with the decisions of each step")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.add_argument("directory", type=Path, help="where to write")
+
+    summary = command("summary", _summary, "say what an exported folder holds")
+    summary.add_argument("directory", type=Path)
+
+    recipes = command("recipes", _recipes, "list the shipped recipes, print one, or print the reference of all fields")
+    recipes.add_argument("name", nargs="?", help="print this recipe")
+    recipes.add_argument("--reference", action="store_true", help="print the reference as Markdown")
+
+    demo = command("demo", _demo, "learn, export, sample and compare on the bundled model")
+    demo.add_argument("directory", type=Path, help="where to write")
+    demo.add_argument("--images", type=int, default=2000, help="images per way of sampling (default: 2000)")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> tuple[nn.Module, Recipe]:
+    from .integrations.diffusers import load_denoiser
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, overrides(options.set))
+    if recipe.sampling is None:
+        raise RecipeError(
+            f"{options.recipe} has no sampling section, from which the command line takes the model's inputs"
+        )
+    return load_denoiser(options.model), recipe
+
+
+def overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["target=0.4"]` as `{"target": 0.4}`; values are YAML.
+
+    Raises:
+        InputError: an assignment has no `=`.
+    """
+    import yaml
+
+    found = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment}: write KEY=VALUE, such as --set target=0.4")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
+
+
+def _locate(options: argparse.Namespace) -> None:
+    from .api import locate
+    from .graph.draw import branches_svg, branches_table
+    from .sampling import build_inputs
+
+    model, recipe = _load(options)
+    assert recipe.sampling is not None
+    branches = locate(model, build_inputs(model, recipe.sampling))
+    if options.svg is not None:
+        _write(options.svg, branches_svg(branches))
+    if options.json:
+        rows = [{"name": b.name, "kind": b.kind, "streams": len(b.streams), "macs": b.macs} for b in branches]
+        print(json.dumps(rows, indent=2))
+    else:
+        print(branches_table(branches))
+
+
+def _apply(options: argparse.Namespace) -> None:
+    from .api import apply
+    from .storage import save
+
+    model, recipe = _load(options)
+    lazy = apply(model, recipe, progress=not options.json)
+    save(lazy, options.directory)
+    report = lazy.training_report
+    if options.json:
+        print(json.dumps(vars(report) if report is not None else {}))
+    else:
+        print(report)
+        print(f"gates written to {options.directory}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export.folder import export
+    from .integrations.diffusers import load_denoiser
+    from .storage import load
+
+    lazy = load(load_denoiser(options.model), options.gates)
+    telemetry = True if options.telemetry else None
+    folder = export(lazy, options.directory, options.format, telemetry=telemetry, overwrite=options.overwrite)
+    print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
+
+
+def _summary(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from .export.card import read_card
+    from .report import render
+
+    card = read_card(options.directory)
+    if options.json:
+        print(json.dumps(card, indent=2))
+        return
+    table = Table(
+        title=f"{card['format']}, {len(card['branches'])} branches, {card['dense_macs'] / 1e6:.1f} MMACs a sample"
+    )
+    for header in ("branch", "kind", "MMACs"):
+        table.add_column(header)
+    for branch in card["branches"]:
+        table.add_row(branch["name"], branch["kind"], f"{branch['macs'] / 1e6:.3f}")
+    print(render(table))
+    print(f"expected: {card['expected_macs_ratio']:.1%} of the branch MACs computed")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from .recipe import load_recipe, reference, shipped_recipes
+
+    if options.reference:
+        print(reference())
+    elif options.name:
+        recipe = load_recipe(options.name)
+        print(json.dumps(recipe.model_dump(mode="json"), indent=2) if options.json else recipe.to_yaml(), end="")
+    elif options.json:
+        print(json.dumps(shipped_recipes(), indent=2))
+    else:
+        for name, line in shipped_recipes().items():
+            print(f"{name:24} {line}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from .integrations.digits.demo import run_demo
 
-    run_demo(options.directory, options.images)
+    rows = run_demo(options.directory, options.images)
+    if options.json:
+        print(json.dumps([vars(row) for row in rows]))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None

@@ -187,6 +187,16 @@ class LazyModel(nn.Module):
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
         return _Program(captured, flat, lower(flat))
 
+    def expected_macs_ratio(self) -> float:
+        """Computed share of the branches' MACs that the gates' biases give on their own timestep grid."""
+        reused = torch.sigmoid(self.gates.bias.detach().cpu()) > self.gates.threshold.cpu()
+        return 1.0 - float((self._costs() * reused).sum())
+
+    def _costs(self) -> Tensor:
+        """Share of the MACs of a whole sampling run that each gate of the table decides on, [branches, grid]."""
+        macs = torch.tensor([float(branch.macs) for branch in self.branches])
+        return (macs / macs.sum()).unsqueeze(1).expand_as(self.gates.bias) / self.gates.bias.shape[1]
+
     def set_target(self, target: float) -> float:
         """Move the threshold so that at most `target` of the branches' MACs are computed, without training.
 
@@ -204,10 +214,8 @@ class LazyModel(nn.Module):
         """
         if not 0.0 < target <= 1.0:
             raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {target}")
-        cost = torch.tensor([float(branch.macs) for branch in self.branches])
-        cost = (cost / cost.sum()).unsqueeze(1).expand_as(self.gates.bias) / self.gates.bias.shape[1]
         scores, order = torch.sigmoid(self.gates.bias.detach().cpu()).flatten().sort(descending=True)
-        reused = cost.flatten()[order].cumsum(0)
+        reused = self._costs().flatten()[order].cumsum(0)
         possible = scores > NEVER_REUSED
         enough = (reused >= 1.0 - target - 1e-6) & possible
         if target == 1.0:

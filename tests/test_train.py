@@ -195,3 +195,33 @@ def test_the_recipes_inputs_fit_the_model(digits: nn.Module) -> None:
     assert inputs["hidden_states"].shape == (32, 1, 8, 8)
     assert inputs["timestep"].shape == (32,)
     assert set(inputs["class_labels"].tolist()) <= set(range(10))
+
+
+def test_set_target_moves_the_budget_without_training(digits: nn.Module) -> None:
+    lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=QUICK, progress=False)
+    sampler = build_sampler(lazy.recipe.sampling)
+    assert lazy.expected_macs_ratio() == pytest.approx(lazy.training_report.macs_ratio)
+    reused = []
+    for target in (0.8, 0.5, 0.3):
+        promised = lazy.set_target(target)
+        lazy.reset()
+        with torch.no_grad():
+            sampler(lazy)
+        measured = lazy.summary().macs_ratio
+        assert measured == pytest.approx(promised, abs=1e-5)
+        assert target - 0.02 <= measured <= target + 1e-5
+        reused.append(lazy.usage.heatmap()[1] > 0)
+    # A lower target reuses all that a higher one does.
+    assert bool((reused[1] | ~reused[0]).all())
+    assert bool((reused[2] | ~reused[1]).all())
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(0.01, r"allow 0\.\d\d at least"), (0.0, "a share in"), (1.5, "a share in")]
+)
+def test_a_target_out_of_reach_is_one_line(digits: nn.Module, target: float, expected: str) -> None:
+    lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, "sampling.batch": 4}, progress=False)
+    before = float(lazy.gates.threshold)
+    with pytest.raises(LazyCompressError, match=expected):
+        lazy.set_target(target)
+    assert float(lazy.gates.threshold) == before

@@ -1,1 +1,7 @@
+"""diffusers: loading models from folders."""
 
+from __future__ import annotations
+
+from .loading import load_denoiser
+
+__all__ = ["load_denoiser"]

@@ -75,7 +75,6 @@ def describe(lazy: LazyModel, traced: TracedModel, format: str, *, telemetry: bo
     """The contents of `lazycompress.json`."""
     program = lazy.program(lazy.example)
     names = [leaf.name for leaf in program.lowered.leaves]
-    report = lazy.training_report
     return {
         "lazycompress": __version__,
         "format": format,
@@ -101,7 +100,7 @@ def describe(lazy: LazyModel, traced: TracedModel, format: str, *, telemetry: bo
         "dense_macs": lazy.dense_macs,
         "threshold": float(lazy.gates.threshold),
         "grid": lazy.gates.grid.tolist(),
-        "expected_macs_ratio": getattr(report, "macs_ratio", None),
+        "expected_macs_ratio": lazy.expected_macs_ratio(),
     }
 
 

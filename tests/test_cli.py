@@ -1,0 +1,84 @@
+"""The command line on the bundled model: what it prints, writes, and exits with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lazycompress.cli import main
+from lazycompress.integrations.digits.model import WEIGHTS_DIR
+
+MODEL = ["--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml"]
+QUICK = ["--set", "train.effort=0.25", "--set", "sampling.steps=8", "--set", "sampling.batch=4"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 1
+    line = capsys.readouterr().err.strip()
+    assert len(line.splitlines()) == 1
+    return line
+
+
+def test_locate_prints_the_branches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main(["locate", *MODEL, "--svg", str(tmp_path / "model.svg")])
+    text = capsys.readouterr().out
+    assert "transformer_blocks.5.attn1" in text
+    assert "attention" in text
+    assert (tmp_path / "model.svg").read_text().startswith("<svg")
+    main(["locate", *MODEL, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["kind"] for row in rows] == ["attention", "mlp"] * 6
+
+
+def test_apply_then_export_then_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    gates, out = str(tmp_path / "gates"), str(tmp_path / "out")
+    main(["apply", *MODEL, *QUICK, "--set", "target=0.6", "--json", gates])
+    report = json.loads(capsys.readouterr().out)
+    assert 0.55 < report["macs_ratio"] <= 0.6
+    main(["export", "--model", str(WEIGHTS_DIR), "--gates", gates, "--format", "openvino", out])
+    capsys.readouterr()
+    main(["summary", out])
+    text = capsys.readouterr().out
+    assert "openvino, 12 branches" in text
+    assert f"expected: {report['macs_ratio']:.1%}" in text
+    assert "overwrite=True" in fails(capsys, ["export", "--model", str(WEIGHTS_DIR), "--gates", gates, out])
+
+
+def test_recipes_are_listed_printed_and_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    assert "digits_dit.yaml" in capsys.readouterr().out
+    main(["recipes", "digits_dit.yaml", "--json"])
+    assert json.loads(capsys.readouterr().out)["sampling"]["steps"] == 50
+    main(["recipes", "--reference"])
+    text = capsys.readouterr().out
+    page = Path(__file__).parent.parent / "docs" / "recipes.md"
+    assert text.strip() == page.read_text().strip(), "docs/recipes.md is not up to date: make docs"
+    assert "| `guards.max_reuse` |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["locate", "--model", "nowhere", "--recipe", "digits_dit.yaml"], "neither config.json nor model_index.json"),
+        (["locate", "--model", str(WEIGHTS_DIR)], "no sampling section"),
+        (["locate", *MODEL, "--set", "target"], "write KEY=VALUE"),
+        (["locate", *MODEL, "--set", "tarket=0.4"], "did you mean 'target'"),
+        (["summary", "nowhere"], r"lazycompress.json is missing"),
+        (["recipes", "nope"], "no recipe 'nope'"),
+        (["export", "--model", str(WEIGHTS_DIR), "--gates", "nowhere", "out"], "holds no gates"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_one(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert expected in fails(capsys, arguments)
+
+
+def test_wrong_usage_exits_with_two() -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["locate"])
+    assert caught.value.code == 2
