@@ -85,7 +85,16 @@ def specimens() -> Iterator[Specimen]:
 
 
 def measure(specimen: Specimen) -> Row:
-    """Run one model through everything that the table shows."""
+    """Run one model through everything that the table shows; whatever goes wrong is one line in its notes."""
+    try:
+        return _measure(specimen)
+    except Exception as error:  # one model must not cost the table
+        source = f"{specimen.attention}/{specimen.mlp}/{specimen.parallel}"
+        note = f"fails: {type(error).__name__} {_short(str(error))}"
+        return Row(specimen.name, specimen.family, source, "-", "-", None, None, None, None, note)
+
+
+def _measure(specimen: Specimen) -> Row:
     source = f"{specimen.attention}/{specimen.mlp}/{specimen.parallel}"
     model = specimen.build()
     first, second = specimen.inputs(2, 0), specimen.inputs(2, 1)

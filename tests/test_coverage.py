@@ -1,10 +1,10 @@
-"""Every model of the zoo against the kept table: a cell may get better, not worse."""
+"""Every model of the zoo: all branches that the source has, and exact reuse."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.coverage import Row, committed, measure, specimens
+from tests.coverage import committed, measure, specimens
 from tests.zoo.specimen import Specimen
 from tests.zoo.styles_negative import NOT_DITS
 
@@ -12,39 +12,46 @@ EXACT, HALF, BATCH = 1e-6, 1e-2, 2e-5
 TABLE = committed()
 ALL = {specimen.name: specimen for specimen in specimens()}
 
+#: What is known to be wrong, and why. A model that comes right must be taken off this list.
+KNOWN = {
+    "hidream": "routing to experts is read on the host while the model runs",
+    "zimage": "one tensor per sample instead of a batch dimension",
+    "nucleusmoe": "experts with sizes that only the data knows",
+    "framepack": "streams that wait for each other",
+    "hunyuanvideo_i2v": "two MLPs join slices of the stream",
+    "cosmos2": "per-token timesteps split a join",
+    "hidream_dense": "a batch of three differs from singles by 9e-2",
+}
 
-def limit(name: str) -> float:
-    """Largest relative difference allowed: rounding of the model's own dtype."""
-    return HALF if "bfloat16" in name else EXACT
 
-
-def compare(row: Row, kept: list[str]) -> None:
-    """Raise if a cell of `row` is worse than the kept one; `-` is a cell that could not be measured."""
-    _, _, source, found, kinds, share, compute, reuse, batch, _ = kept
-    assert row.source == source
-    if found == "-":
-        return
-    assert (row.found, row.kinds) == (found, kinds), row.notes
-    assert row.share is not None
-    assert row.share >= float(share.rstrip("%")) / 100 - 0.001
-    for value, cell, most in (
-        (row.compute, compute, limit(row.name)),
-        (row.reuse, reuse, limit(row.name)),
-        (row.batch, batch, 3 * HALF if "bfloat16" in row.name else BATCH),
-    ):
-        if cell != "-":
-            assert value is not None
-            assert value <= max(most, 1.5 * float(cell)), row.notes
+def cases() -> list[object]:
+    marked = []
+    for name, specimen in ALL.items():
+        marks = [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
+        marked.append(pytest.param(specimen, id=name, marks=marks))
+    return marked
 
 
 def test_table_has_every_model() -> None:
     assert list(TABLE) == list(ALL)
     assert sum(specimen.family != "style" for specimen in ALL.values()) >= 30
+    assert set(KNOWN) <= set(ALL)
 
 
-@pytest.mark.parametrize("specimen", ALL.values(), ids=list(ALL))
-def test_no_cell_gets_worse(specimen: Specimen) -> None:
-    compare(measure(specimen), TABLE[specimen.name])
+@pytest.mark.parametrize("specimen", cases())
+def test_every_branch_is_found_and_reused_exactly(specimen: Specimen) -> None:
+    row = measure(specimen)
+    most = HALF if "bfloat16" in row.name else EXACT
+    assert row.found == row.source, row.notes
+    assert row.compute is not None
+    assert row.compute <= most
+    assert row.reuse is not None
+    assert row.reuse <= most
+    if row.batch is not None:
+        assert row.batch <= (3 * HALF if "bfloat16" in row.name else BATCH)
+    share = float(TABLE[specimen.name][5].rstrip("%")) / 100
+    assert row.share is not None
+    assert row.share >= share - 0.001
 
 
 @pytest.mark.parametrize("specimen", NOT_DITS, ids=[s.name for s in NOT_DITS])

@@ -5,7 +5,7 @@ The rules, in the order in which they run:
 1. A *join* is `add(p, r)` (or `addcmul`, `lerp`, `sub`) of rank 3 or more, in which `p` is the residual stream `x`, seen
    through casts, dropout, scales and constants added, and `x` is an ancestor of `r`. In `x + f(x) + g(x)` the second join
    reaches `x` through the first. What is pooled from the stream to one vector per sample is conditioning, not a branch.
-2. The *region* of a join is what lies between `x` and `r`. If it holds a whole inner join, only what follows the
+2. The *region* of a join is what lies between `x` and `r`. If it holds a whole inner branch, only what follows the
    last inner join counts (a block whose second residual reaches back to its input).
 3. A region is a branch if it holds attention, or at least two heavy operators one after the other. Attention is a product
    of two values that both depend on the input, unless it weighs several values of one token (a mixture of experts).
@@ -210,7 +210,7 @@ def _find_joins(index: _Index) -> list[_Join]:
         for join in reversed(joins):  # ordered by output: what ends before the stream begins cannot be inside
             if join.output <= best.stream:
                 break
-            if join.output in region and join.stream >= best.stream and any(map(index.heavy.__getitem__, join.region)):
+            if join.output in region and join.stream >= best.stream and _is_substantial(index, join):
                 inner.append(join)
         if inner:
             last = max(join.output for join in inner)
