@@ -43,12 +43,11 @@ def apply(
     sampler: Sampler | None = None,
     overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> Any:
+) -> LazyModel:
     """Make a model lazy: find its branches, put gates before them, learn when each may reuse.
 
     Args:
-        model_or_pipeline: an `nn.Module`, or a diffusers pipeline (then its transformer is made lazy in place of the
-            old one and the pipeline is returned).
+        model_or_pipeline: an `nn.Module`; whole pipelines are refused for now, with the way round it.
         recipe: a path, the name of a shipped recipe, a dictionary, or a `Recipe`.
         example_inputs: keyword arguments of one forward call, or a tuple of positional ones; left out, the first call
             that the sampler makes is taken.
@@ -65,9 +64,10 @@ def apply(
     """
     chosen = load_recipe(recipe, overrides)
     if not isinstance(model_or_pipeline, nn.Module):
-        from .integrations.diffusers import apply_to_pipeline
-
-        return apply_to_pipeline(model_or_pipeline, chosen, sampler=sampler, progress=progress)
+        raise InputError(
+            f"apply takes an nn.Module, there was {type(model_or_pipeline).__name__}; of a pipeline, pass its denoiser "
+            f"(pipe.transformer, say) and sampler= (your denoising loop, returning the final latents)"
+        )
     model = model_or_pipeline
     if sampler is None and chosen.sampling is not None:
         sampler = build_sampler(chosen.sampling)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,13 @@ def test_nothing_to_learn_on_says_what_to_pass(digits: nn.Module) -> None:
 def test_a_sampler_that_never_calls_the_model_is_one_line(digits: nn.Module) -> None:
     with pytest.raises(LazyCompressError, match="without calling the model"):
         lazycompress.apply(digits, sampler=lambda model: torch.zeros(1, 1, 8, 8))
+
+
+def test_a_pipeline_is_told_what_to_pass_instead() -> None:
+    with pytest.raises(
+        LazyCompressError, match=r"apply takes an nn\.Module, there was SimpleNamespace; of a pipeline, pass"
+    ):
+        lazycompress.apply(SimpleNamespace(transformer=None))
 
 
 def test_untrained_gates_compute_everything(digits: nn.Module) -> None:
