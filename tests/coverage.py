@@ -161,16 +161,16 @@ def batch_of_three(lazy: LazyModel, specimen: Specimen) -> tuple[float | None, s
         lazy.gates.bias.zero_()
     lazy.policy = "learned"
     steps = [take_apart(lazy.model, (), specimen.inputs(3, step)) for step in (0, 1)]
-    if any(not leaf.batched for leaf in (steps[0].leaves[steps[0].latents],)):
-        return None, "samples come as a list"
-    if any(isinstance(value, (list, tuple)) and len(value) == 3 for value in specimen.inputs(3, 0).values()):
-        return None, "arguments hold a list with an entry for each sample"
+    dims = batch_dims(steps[0].tensors, take_apart(lazy.model, (), specimen.inputs(2, 0)).tensors)
 
     def run(pick: slice) -> tuple[list[Tensor], float]:
         lazy.reset()
         outputs: list[Tensor] = []
         for call in steps:
-            tensors = [t[pick] if leaf.batched else t for t, leaf in zip(call.tensors, call.leaves, strict=True)]
+            tensors = [
+                t if dim is None else t.movedim(dim, 0)[pick].movedim(0, dim)
+                for t, dim in zip(call.tensors, dims, strict=True)
+            ]
             with torch.no_grad():
                 outputs = leaves(lazy(**call.arguments(tensors)))
         return outputs, lazy.summary().skip_ratio
@@ -179,8 +179,17 @@ def batch_of_three(lazy: LazyModel, specimen: Specimen) -> tuple[float | None, s
     worst = 0.0
     for k in range(3):
         alone, _ = run(slice(k, k + 1))
-        worst = max(worst, difference(alone, [t[k : k + 1] for t in together]))
+        same = together[k::3] if lazy.example.lists else [t[k : k + 1] for t in together]
+        worst = max(worst, difference(alone, same))
     return worst, "" if 0 < skipped < 0.5 else "all samples decided alike"
+
+
+def batch_dims(more: list[Tensor], fewer: list[Tensor]) -> list[int | None]:
+    """For every input tensor the dimension that grows with the number of samples, seen from its sizes alone."""
+    return [
+        next((dim for dim, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b), None)
+        for x, y in zip(more, fewer, strict=True)
+    ]
 
 
 def leaves(output: Any) -> list[Tensor]:

@@ -13,15 +13,7 @@ TABLE = committed()
 ALL = {specimen.name: specimen for specimen in specimens()}
 
 #: What is known to be wrong, and why. A model that comes right must be taken off this list.
-KNOWN = {
-    "hidream": "routing to experts is read on the host while the model runs",
-    "zimage": "one tensor per sample instead of a batch dimension",
-    "nucleusmoe": "experts with sizes that only the data knows",
-    "framepack": "streams that wait for each other",
-    "hunyuanvideo_i2v": "two MLPs join slices of the stream",
-    "cosmos2": "per-token timesteps split a join",
-    "hidream_dense": "a batch of three differs from singles by 9e-2",
-}
+KNOWN = {}
 
 
 def cases() -> list[object]:

@@ -16,17 +16,19 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import CaptureError, InputError
 from .hostreads import HostReads, Recorder, Replayer, split_reads
-from .ops import is_dynamic, op_name, remove_dead, shape_of
+from .opaque import Opaque, untraceable
+from .ops import has_data_size, is_dynamic, shape_of
+from .tidy import has_mutation, tidy
+from .untouched import untouched
+
+_log = logging.getLogger(__name__)
 
 #: Keyword arguments of one forward call, or a tuple of positional ones.
 ExampleInputs = Mapping[str, Any] | Sequence[Any]
@@ -34,10 +36,15 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any]
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor among the inputs: its name (the argument's, with a path if nested), and whether dim 0 is the batch."""
+    """One tensor among the inputs: its name (the argument's, with a path if nested), and which dimension is the batch."""
 
     name: str
-    batched: bool
+    batch_dim: int | None
+
+    @property
+    def batched(self) -> bool:
+        """Whether dim 0 is the batch."""
+        return self.batch_dim == 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,10 @@ class CallKey:
 
 @dataclass
 class Call:
-    """The arguments of one forward call, taken apart. `tensors` and `leaves` are in step."""
+    """The arguments of one forward call, taken apart. `tensors` and `leaves` are in step.
+
+    `lists` names the arguments that are lists with one tensor for each sample; here they are stacked.
+    """
 
     tensors: list[Tensor]
     leaves: list[Leaf]
@@ -59,14 +69,15 @@ class Call:
     spec: pytree.TreeSpec
     batch: int
     latents: int
+    lists: tuple[str, ...] = ()
 
     @property
     def key(self) -> CallKey:
         tensors = tuple(
-            (t.dtype, str(t.device), (-1, *t.shape[1:]) if leaf.batched else tuple(t.shape))
+            (t.dtype, str(t.device), tuple(-1 if d == leaf.batch_dim else size for d, size in enumerate(t.shape)))
             for t, leaf in zip(self.tensors, self.leaves, strict=True)
         )
-        return CallKey(str(self.spec), repr(sorted(self.others.items())), tensors)
+        return CallKey(f"{self.spec} {self.lists}", repr(sorted(self.others.items())), tensors)
 
     def arguments(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """The keyword arguments again, with other tensors in the places of the leaves."""
@@ -74,7 +85,7 @@ class Call:
         for position, value in sorted(self.others.items()):
             flat.insert(position, value)
         arguments: dict[str, Any] = pytree.tree_unflatten(flat, self.spec)
-        return arguments
+        return arguments | {name: list(arguments[name].unbind(0)) for name in self.lists}
 
 
 @dataclass
@@ -133,11 +144,13 @@ def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
             arguments |= value
         elif kind is not inspect.Parameter.VAR_POSITIONAL and value is not None:
             arguments[name] = value
+    lists = _lists_of_samples(arguments)
+    arguments |= {name: torch.stack(arguments[name]) for name in lists}
     flat, spec = pytree.tree_flatten_with_path(arguments)
     tensors = [value for _, value in flat if isinstance(value, Tensor)]
     names = [_path_name(path) for path, value in flat if isinstance(value, Tensor)]
     others = {i: value for i, (_, value) in enumerate(flat) if not isinstance(value, Tensor)}
-    streams = [i for i, t in enumerate(tensors) if t.dim() >= 3 and t.is_floating_point()]
+    streams = [i for i, t in enumerate(tensors) if _is_stream(t)]
     if not streams:
         given = ", ".join(f"{n}{list(t.shape)}" for n, t in zip(names, tensors, strict=True)) or "no tensor at all"
         raise InputError(
@@ -147,12 +160,10 @@ def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     latents = streams[0]
     batch = tensors[latents].shape[0]
     leaves = [
-        Leaf(
-            name, t.dim() > 0 and t.shape[0] == batch and (t.dim() == 1 or i == latents or _may_be_batched(t, tensors))
-        )
+        Leaf(name, 0 if i == latents else _batch_dim(t, batch, tensors))
         for i, (name, t) in enumerate(zip(names, tensors, strict=True))
     ]
-    return Call(tensors, leaves, others, spec, batch, latents)
+    return Call(tensors, leaves, others, spec, batch, latents, lists)
 
 
 def call_of(model: nn.Module, example_inputs: ExampleInputs) -> Call:
@@ -162,10 +173,34 @@ def call_of(model: nn.Module, example_inputs: ExampleInputs) -> Call:
     return take_apart(model, example_inputs, {})
 
 
-def _may_be_batched(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
-    # Position ids of rank 2 ([tokens, axes]) have the batch size as their first size only by accident.
-    tokens = {size for t in tensors if t.dim() >= 3 for size in t.shape[1:-1]}
-    return not (tensor.dim() == 2 and tensor.shape[0] in tokens and tensor.shape[1] <= 4)
+def _lists_of_samples(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments that are lists of one tensor a sample, all of the same sizes; none where the latents are a tensor."""
+    first = next((v for v in arguments.values() if any(_is_stream(leaf) for leaf in pytree.tree_leaves(v))), None)
+    if not isinstance(first, list):
+        return ()
+    samples = len(first)
+    if not any(isinstance(v, Tensor) and v.shape == (samples,) for v in arguments.values()):  # no timestep for each
+        return ()
+
+    def is_one_a_sample(value: Any) -> bool:
+        if not isinstance(value, list) or len(value) != samples or not all(isinstance(v, Tensor) for v in value):
+            return False
+        return len({(v.shape, v.dtype, v.device) for v in value}) == 1
+
+    return tuple(name for name, v in arguments.items() if is_one_a_sample(v)) if is_one_a_sample(first) else ()
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 3 and value.is_floating_point()
+
+
+def _batch_dim(tensor: Tensor, batch: int, tensors: Sequence[Tensor]) -> int | None:
+    if tensor.dim() > 0 and tensor.shape[0] == batch:
+        # Position ids ([tokens, axes], beside [batch, tokens, channels]) have this as their first size only by accident.
+        tokens = {t.shape[1] for t in tensors if t.dim() == 3}
+        return None if tensor.dim() == 2 and tensor.shape[0] in tokens and tensor.shape[1] <= 4 else 0
+    # Stacked layers of a text encoder: [layers, batch, tokens, channels]. A size of 1 says nothing.
+    return 1 if tensor.dim() >= 4 and tensor.shape[1] == batch > 1 else None
 
 
 def capture(model: nn.Module, call: Call) -> Capture:
@@ -173,65 +208,105 @@ def capture(model: nn.Module, call: Call) -> Capture:
 
     The model is exported as it is (shared weights, not copied) and left unchanged. The ways of `torch.export` are tried
     from the most general to the most special: without tracing Python bytecode (the more tolerant way), then with it; with
-    the values that the model reads on the host fixed; each with a dynamic batch, then with the batch of `call`.
+    the values that the model reads on the host fixed; with the batch of `call`; without the modules that are in the way.
 
     Raises:
         CaptureError: names the operation and the source line of the model that `torch.export` stopped at.
     """
     failures: list[Exception] = []
-    for way in (
+    unsettled: Capture | None = None
+    ways = [
         _Way(),
         _Way(strict=True),
+        _Way(reads=True),
         _Way(dynamic=False),
         _Way(dynamic=False, reads=True),
-    ):
-        if failures and way.dynamic and any(isinstance(failure, _BatchIsFixedError) for failure in failures):
+    ]
+    while ways:
+        way = ways.pop(0)
+        if way.dynamic and any(isinstance(failure, _BatchIsFixedError) for failure in failures):
+            continue
+        if unsettled is not None and not way.reads:
             continue
         try:
-            return _export(model, call, way)
+            with untouched(model):
+                captured = _export(model, call, way, warm=bool(failures))
         except Exception as error:  # torch.export raises errors of many classes
             failures.append(error)
-    raise CaptureError(
-        _explain(model, next((f for f in failures if not isinstance(f, _BatchIsFixedError)), failures[0]))
-    )
+            if not ways and unsettled is None:
+                ways = _opaque_ways(model, failures, way)
+            continue
+        if way.opaque:
+            _log.warning(
+                "lazycompress runs %s of %s untraced, in PyTorch only: %s",
+                ", ".join(way.opaque), type(model).__name__, _explain(model, _telling(failures)),
+            )  # fmt: skip
+        if way.reads or not any(has_data_size(node) for node in captured.graph_module.graph.nodes):
+            return captured
+        # Sizes that only the data has: better fixed, if they come from the inputs (the length of a prompt).
+        unsettled = captured
+    if unsettled is not None:
+        return unsettled
+    raise CaptureError(_explain(model, _telling(failures)))
+
+
+def _telling(failures: Sequence[Exception]) -> Exception:
+    """The failure that says most about the model: the first one of `torch.export` itself."""
+    return next((f for f in failures if not isinstance(f, _BatchIsFixedError)), failures[0])
+
+
+def _opaque_ways(model: nn.Module, failures: list[Exception], way: _Way) -> list[_Way]:
+    """What is left to try: the modules that stopped `torch.export` left out of the trace."""
+    found = [untraceable(model, failure) for failure in (failures if not way.opaque else failures[-1:])]
+    paths = [path for path in next(filter(None, found), []) if path not in way.opaque]
+    return [_Way(opaque=(*way.opaque, *paths)), _Way(dynamic=False, opaque=(*way.opaque, *paths))] if paths else []
 
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to export: batch dynamic or that of the call, Python bytecode traced or not, host reads fixed or not."""
+    """One way to export.
+
+    The batch dynamic or that of the call, Python bytecode traced or not, host reads fixed or not, some modules not traced.
+    """
 
     dynamic: bool = True
     strict: bool = False
     reads: bool = False
+    opaque: tuple[str, ...] = ()
 
 
 class _BatchIsFixedError(Exception):
     """The model's own code allows only the batch size of the example."""
 
 
-def _export(model: nn.Module, call: Call, way: _Way) -> Capture:
+def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
     adapter = _Adapter(model, call)
     tensors = _spread_batch(call) if way.dynamic else list(call.tensors)
-    shapes = ([{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves],) if way.dynamic else None
+    sizes = [None if leaf.batch_dim is None else {leaf.batch_dim: Dim.AUTO} for leaf in call.leaves]
+    shapes = (sizes,) if way.dynamic else None
     if shapes is not None and not call.leaves[call.latents].batched:
         raise _BatchIsFixedError
-    with torch.no_grad(), _quiet():
+    left_out = Opaque(list(way.opaque), "torch.export cannot take it")
+    with torch.no_grad(), _quiet(), left_out.standing_in(model):
         if way.reads:
             recorder = Recorder()
             with recorder:
                 adapter(*tensors)
             adapter.reads = recorder.reads
+        elif warm:  # tables that the model makes in its first call are then real ones
+            adapter(*tensors)
         program = torch.export.export(
             adapter,
             tuple(tensors),
             dynamic_shapes=None if shapes is None else tuple(map(tuple, shapes)),
             strict=way.strict,
         )
-        if _has_mutation(program.graph):
+        if has_mutation(program.graph):
             program = program.run_decompositions({})
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
-    _tidy(graph_module)
+    tidy(graph_module)
+    left_out.put_back(graph_module, model)
     reads, notes = None, []
     if way.reads and adapter.sources:
         guard = split_reads(graph_module, adapter.sources)
@@ -244,9 +319,10 @@ def _export(model: nn.Module, call: Call, way: _Way) -> Capture:
             f"{adapter.sources} values that the model reads from its inputs are fixed: others are captured again"
         )
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    sizes = [node.meta["val"].shape for node in placeholders]
-    if way.dynamic and not is_dynamic(sizes[call.latents][0]):
+    if way.dynamic and not is_dynamic(placeholders[call.latents].meta["val"].shape[0]):
         raise _BatchIsFixedError
+    if way.opaque:
+        notes.append(f"{len(way.opaque)} modules run untraced, in PyTorch only: {', '.join(way.opaque)}")
     if not way.dynamic:
         notes.append("the batch size is fixed: the model does not allow a dynamic one")
     batch = tensors[call.latents].shape[0] if way.dynamic else call.batch
@@ -318,81 +394,6 @@ def _spread_batch(call: Call) -> list[Tensor]:
     if call.batch > 1:
         return list(call.tensors)
     return [torch.cat([t, t]) if leaf.batched else t for t, leaf in zip(call.tensors, call.leaves, strict=True)]
-
-
-def _has_mutation(graph: fx.Graph) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in graph.nodes
-        if node.op == "call_function"
-    )
-
-
-def _tidy(graph_module: fx.GraphModule) -> None:
-    """Plain placeholders and one tuple as output; assertions about metadata and shapes removed."""
-    graph = graph_module.graph
-    for node in reversed(list(graph.nodes)):
-        is_check = op_name(node) in ("aten::_assert_tensor_metadata", "aten::_assert_scalar") or (
-            node.op == "call_module" and not node.users
-        )
-        if is_check:
-            graph.erase_node(node)
-    _sizes_from_placeholders(graph)
-    graph.set_codegen(fx.graph.CodeGen())
-    remove_dead(graph)
-    graph_module.recompile()
-
-
-def _sizes_from_placeholders(graph: fx.Graph) -> None:
-    """Compute every dynamic size from the sizes of placeholders, so that no size ties a branch to what is around it."""
-    symbols: dict[sympy.Symbol, fx.Node] = {}
-    last = None
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            last = node
-    if last is None:
-        return
-    for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        value = node.meta.get("val")
-        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            if (
-                isinstance(size, torch.SymInt)
-                and isinstance(size.node.expr, sympy.Symbol)
-                and size.node.expr not in symbols
-            ):
-                with graph.inserting_after(last):
-                    known = graph.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                    known.meta["val"] = size
-                symbols[size.node.expr] = known
-    known_nodes = set(symbols.values())
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.op != "call_function" or node in known_nodes or not isinstance(value, torch.SymInt):
-            continue
-        if value.node.expr.is_Integer:
-            constant = int(value.node.expr)
-
-            def put(used: fx.Node, node: fx.Node = node, constant: int = constant) -> Any:
-                return constant if used is node else used
-
-            for user in list(node.users):
-                user.args = fx.map_arg(user.args, put)
-                user.kwargs = fx.map_arg(user.kwargs, put)
-            continue
-        with graph.inserting_before(node):
-            rebuilt = size_node(graph, value.node.expr, symbols)
-        if rebuilt is not None:
-            rebuilt.meta.setdefault("val", value)
-            node.replace_all_uses_with(rebuilt)
-
-
-def size_node(graph: fx.Graph, expression: sympy.Expr, symbols: Mapping[sympy.Symbol, fx.Node]) -> fx.Node | None:
-    """Nodes that compute `expression` from the nodes of its symbols, or None if one is unknown or nothing is dynamic."""
-    if not expression.free_symbols or any(symbol not in symbols for symbol in expression.free_symbols):
-        return None
-    environment = {symbol: fx.Proxy(symbols[symbol]) for symbol in expression.free_symbols}
-    result = sympy_interp(PythonReferenceAnalysis, environment, expression)
-    return result.node if isinstance(result, fx.Proxy) else None
 
 
 def _path_name(path: Any) -> str:

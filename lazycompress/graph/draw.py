@@ -2,7 +2,7 @@
 
 The drawing is one self-contained SVG. A block is a row: branches that follow one another in the graph and whose names
 share the same numbered prefix. A row is a bar per branch in the order in which they run; its colour is the kind, its length
-the multiply-accumulates. Bars of neighbouring rows share one scale, so that a glance tells where the work is.
+the multiply-accumulates. All rows share one scale, so that a glance tells where the work is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ _SHORT = {
     "mlp": "mlp",
     "parallel": "attn + mlp",
 }
+
+_STYLE = (
+    "body{margin:16px auto;max-width:1000px;font:14px system-ui,sans-serif;color:#1b1f24;background:#fff}"
+    "svg{max-width:100%;height:auto}table{border-collapse:collapse;margin:16px 20px}"
+    "th,td{padding:2px 14px 2px 0;text-align:right}th{border-bottom:1px solid #afb8c1}"
+    "td:first-child,td:nth-child(2),th:first-child,th:nth-child(2){text-align:left}p{margin:4px 20px;color:#57606a}"
+)
 
 _FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
 
@@ -141,13 +148,37 @@ def branches_svg(
         for branch in row:
             length = max(2.0, branch.macs * scale)
             parts.append(_bar(branch, x, y, length, height, size, branch.macs / whole, shares.get(id(branch))))
-            x += length + 2
+            x += length
         amount = _amount(sum(branch.macs for branch in row))
         parts.append(
-            f"<text x='{x + 6:.1f}' y='{middle + size / 3:.1f}' font-size='{size}' fill='#57606a'>{amount}</text>"
+            f"<text x='{width - 16}' y='{middle + size / 3:.1f}' font-size='{size}' text-anchor='end' fill='#57606a'>"
+            f"{amount}</text>"
         )
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
+
+
+def branches_html(
+    branches: Sequence[Drawable], title: str = "", dense_macs: int | None = None, notes: Sequence[str] = ()
+) -> str:
+    """A self-contained page: the drawing, the branches as a table, and what there is to note."""
+    whole = dense_macs or sum(branch.macs for branch in branches) or 1
+    rows = [
+        f"<tr><td>{escape(branch.name)}</td><td>{escape(branch.kind)}</td><td>{len(branch.streams)}</td>"
+        f"<td>{branch.macs / 1e6:,.3f}</td><td>{branch.macs / whole:.1%}</td></tr>"
+        for branch in branches
+    ]
+    lines = [
+        "<!doctype html>",
+        f"<html lang='en'><head><meta charset='utf-8'><title>{escape(title or 'branches')}</title><style>{_STYLE}</style>"
+        "</head><body>",
+        branches_svg(branches, title, dense_macs),
+        *(f"<p>{escape(note)}</p>" for note in notes),
+        "<table><thead><tr><th>branch</th><th>kind</th><th>streams</th><th>MMACs</th><th>share</th></tr></thead><tbody>",
+        *rows,
+        "</tbody></table></body></html>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _bar(
@@ -155,6 +186,7 @@ def _bar(
 ) -> str:
     fill, ink = COLOURS.get(branch.kind, ("#8c959f", "#ffffff"))
     streams = len(branch.streams)
+    length = max(1.0, length - 2)  # the gap to the next one
     tip = f"{branch.name}: {branch.kind}, {streams} stream{'s' * (streams > 1)}, {_amount(branch.macs)}, {share:.1%}"
     parts = [f"<g><title>{escape(tip + ('' if reused is None else f', reused {reused:.0%}'))}</title>"]
     parts.append(f"<rect x='{x:.1f}' y='{y}' width='{length:.1f}' height='{height}' rx='3' fill='{fill}'/>")
@@ -165,7 +197,9 @@ def _bar(
             "fill-opacity='0.6'/>"
         )
     text = _SHORT.get(branch.kind, branch.kind)
-    if length > len(text) * size * 0.62:
+    texts = [f"{text}, {streams} streams", text] if streams > 1 else [text]
+    text = next((t for t in texts if length - 10 > len(t) * size * 0.56), "")
+    if text:
         parts.append(
             f"<text x='{x + 6:.1f}' y='{y + height / 2 + size / 3:.1f}' font-size='{size}' fill='{ink}'>{text}</text>"
         )

@@ -2,15 +2,17 @@
 
 The flat graph computes every branch and then selects; it is the reference that every lowered and exported form must
 equal, and the form that quantization works on. Its placeholders, in order: the model's tensors, `lazy_threshold`,
-`past_timestep` [batch], `past_prints` [batch, k], and one cache per stream of each branch. Its outputs, one flat tuple: the
-model's outputs, then the state for the next call in the same order, then `lazy` [branches, batch].
+`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 2 + branches] (when the image began, when the last call
+was, when each branch was last computed), one cache per stream of each branch, and, for gates of order 1, one rate per cache.
+Its outputs, one flat tuple: the model's outputs, then the state for the next call in the same order, then `lazy`
+[branches, batch].
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,6 +62,11 @@ class LazyGraph:
     dynamic_batch: bool
 
 
+def is_timestep_name(name: str) -> bool:
+    """Whether diffusion models call the position in the denoising process so."""
+    return _TIMESTEP.search(name) is not None
+
+
 def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = None) -> int:
     """The position of the timestep among the inputs.
 
@@ -72,7 +79,7 @@ def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = 
             raise InputError(f"recipe key timestep_input: no input is called {name!r}; there are {', '.join(names)}")
         return names.index(name)
     for i, (leaf, tensor) in enumerate(zip(leaves, tensors, strict=True)):
-        if _TIMESTEP.search(leaf.name) and (tensor.dim() <= 2 or tensor.numel() <= 64 * tensor.shape[0]):
+        if is_timestep_name(leaf.name) and (tensor.dim() <= 2 or tensor.numel() <= 64 * tensor.shape[0]):
             return i
     raise InputError(
         f"none of the inputs {', '.join(names)} looks like the timestep: name it with the recipe key timestep_input"
@@ -94,7 +101,11 @@ def find_conditions(
     return [
         i
         for i, (leaf, t) in enumerate(zip(leaves, tensors, strict=True))
-        if i not in moving and i != timestep and leaf.batched and (t.dim() >= 2 or not t.is_floating_point())
+        if i not in moving
+        and i != timestep
+        and not is_timestep_name(leaf.name)  # a second one, to go to
+        and leaf.batched
+        and (t.dim() >= 2 or not t.is_floating_point())
     ]
 
 
@@ -108,20 +119,29 @@ def insert_gates(
     state = [
         StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never),
         StateSpec("past_prints", (-1, max(1, 2 * len(conditions))), torch.float32),
+        StateSpec("past_times", (-1, 2 + len(branches)), torch.float32, fill=gates.never),
     ]
+    clock = len(state)
     for i, branch in enumerate(branches):
         state += [cache_spec(f"past_{i}_{s}", node, batch) for s, node in enumerate(branch.exits)]
+    caches_end = len(state)
+    if int(gates.order) > 0:
+        state += [replace(spec, name=spec.name.replace("past", "past_rate")) for spec in state[clock:]]
 
     graph = fx.Graph()
     public: dict[fx.Node, fx.Node] = {node: graph.node_copy(node) for node in placeholders}
     threshold = graph.placeholder("lazy_threshold")
     past = [graph.placeholder(spec.name) for spec in state]
     latents = public[placeholders[captured.latents]]
-    grid, direction, bias = (graph.get_attr(f"lazy_gates.{name}") for name in ("grid", "direction", "bias"))
+    grid, direction, bias, slope, phase = (
+        graph.get_attr(f"lazy_gates.{name}") for name in ("grid", "direction", "bias", "slope", "phase")
+    )
     time = graph.call_function(_ops.timestep_per_sample, (public[placeholders[timestep]], latents))
     prints = graph.call_function(_ops.fingerprint, ([public[placeholders[c]] for c in conditions], latents))
-    valid = graph.call_function(_ops.valid, (time, past[0], prints, past[1], direction))
-    hats = graph.call_function(_ops.hat, (time, grid))
+    valid = graph.call_function(_ops.valid, (time, past[0], prints, past[1], past[2], direction, phase))
+    now = graph.call_function(_ops.clock, (time, past[0], valid, direction, phase))
+    hats = graph.call_function(_ops.hat, (now, grid))
+    elapsed = graph.call_function(_ops.elapsed, (now, past[2], direction))
 
     # Inside a branch its own values are read as they are; outside, its exits are read as selected.
     inside: list[dict[fx.Node, fx.Node]] = [{} for _ in branches]
@@ -130,8 +150,12 @@ def insert_gates(
     for i, branch in enumerate(branches):
         for position, stream in enumerate(branch.streams):
             entries.setdefault(stream.entry, []).append((i, position))
-    caches = iter(past[2:])
-    cache_of = {(i, node): next(caches) for i, branch in enumerate(branches) for node in branch.exits}
+    streams = [(i, node) for i, branch in enumerate(branches) for node in branch.exits]
+    cache_of = dict(zip(streams, past[clock:caches_end], strict=True))
+    rate_of = dict(zip(streams, past[caches_end:], strict=False))
+    scale_of = dict(zip(streams, (spec.scale for spec in state[clock:]), strict=False))
+    paces: dict[int, fx.Node] = {}
+    held: dict[tuple[int, fx.Node], fx.Node] = {}
     lazies: dict[int, fx.Node] = {}
     chosen: dict[tuple[int, fx.Node], fx.Node] = {}
 
@@ -171,13 +195,24 @@ def insert_gates(
                 stream.channel_dim if stream.channel_dim != batch_dim(stream.entry, batch) else 0
                 for stream in branch.streams
             ]
-            weight = graph.get_attr(f"lazy_gates.weights.{i}")
             row = graph.call_function(torch.ops.aten.select.int, (bias, 0, i))
-            score = graph.call_function(_ops.score, (marks, dims, hats, weight, row))
+            since = graph.call_function(torch.ops.aten.select.int, (elapsed, 1, 2 + i))
+            if int(gates.static) > 0:
+                score = graph.call_function(_ops.scheduled, (marks, hats, row, since, slope))
+            else:
+                weight = graph.get_attr(f"lazy_gates.weights.{i}")
+                score = graph.call_function(_ops.score, (marks, dims, hats, weight, row, since, slope))
             lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
         dim = batch_dim(node, batch)
         fresh = swapped(inside[i][node], node, dim)
-        select = graph.call_function(_ops.select, (fresh, cache_of[i, node], lazies[i]))
+        cache, rate, scale = cache_of[i, node], rate_of.get((i, node)), scale_of[i, node]
+        reused = cache
+        if rate is not None:
+            if i not in paces:
+                paces[i] = graph.call_function(_ops.pace, (elapsed, valid, i))
+            reused = graph.call_function(_ops.forecast, (cache, rate, paces[i], scale))
+            held[i, node] = graph.call_function(_ops.hold, (fresh, cache, rate, lazies[i], paces[i], scale))
+        select = graph.call_function(_ops.select, (fresh, reused, lazies[i]))
         select.meta = dict(fresh.meta if dim else node.meta)
         chosen[i, node] = select
         public[node] = swapped(select, node, dim)
@@ -212,7 +247,13 @@ def insert_gates(
     output = next(node for node in source.nodes if node.op == "output")
     results = list(output.args[0])
     stacked = graph.call_function(torch.ops.aten.stack.default, ([lazies[i] for i in range(len(branches))], 0))
-    present = [time, prints, *(chosen[key] for key in cache_of)]
+    present = [
+        time,
+        prints,
+        graph.call_function(_ops.times, (now, past[2], valid, stacked)),
+        *(chosen[key] for key in streams),
+        *(held[key] for key in streams if key in held),
+    ]
     graph.output((*(public[r] if isinstance(r, fx.Node) else r for r in results), *present, stacked))
     graph.lint()
     module = fx.GraphModule(_Root(captured.graph_module, gates), graph)

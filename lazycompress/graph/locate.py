@@ -4,7 +4,8 @@ The rules, in the order in which they run:
 
 1. A *join* is `add(p, r)` (or `addcmul`, `lerp`, `sub`) of rank 3 or more, in which `p` is the residual stream `x`, seen
    through casts, dropout, scales and constants added, and `x` is an ancestor of `r`. In `x + f(x) + g(x)` the second join
-   reaches `x` through the first. What is pooled from the stream to one vector per sample is conditioning, not a branch.
+   reaches `x` through the first. Parts of the tokens may have a join each (a gate of their own for given frames). What is
+   pooled from the stream to one vector per sample is conditioning, not a branch.
 2. The *region* of a join is what lies between `x` and `r`. If it holds a whole inner branch, only what follows the
    last inner join counts (a block whose second residual reaches back to its input).
 3. A region is a branch if it holds attention, or at least two heavy operators one after the other. Attention is a product
@@ -19,26 +20,21 @@ Everything is a set of node indices in topological order; ancestors are bit sets
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from ..errors import LocateError
+from .index import Index, mixes_tokens, tokens_of, whole_of
 from .ops import (
     CHEAP,
     HEAVY,
     JOINS,
     NONLINEAR,
     SEE_THROUGH,
-    is_data_size,
-    is_heavy,
+    SPLICES,
+    is_opaque,
     macs_of,
-    op_name,
-    product_axes,
-    rank_of,
     shape_of,
 )
 
@@ -96,59 +92,7 @@ class _Join:
     residual: int
     output: int
     region: set[int]
-
-
-class _Index:
-    """Nodes by number, their ancestors as bit sets."""
-
-    def __init__(self, graph: fx.Graph, batch: int) -> None:
-        self.nodes = list(graph.nodes)
-        self.number = {node: i for i, node in enumerate(self.nodes)}
-        self.inputs = [[self.number[n] for n in node.all_input_nodes] for node in self.nodes]
-        self.users: list[list[int]] = [[] for _ in self.nodes]
-        self.ancestors: list[int] = []
-        self.depends_on_input: list[bool] = []
-        for i, node in enumerate(self.nodes):
-            bits = 1 << i
-            live = node.op == "placeholder"
-            for j in self.inputs[i]:
-                bits |= self.ancestors[j]
-                live |= self.depends_on_input[j]
-                self.users[j].append(i)
-            self.ancestors.append(bits)
-            self.depends_on_input.append(live)
-        self.heavy = [is_heavy(node) for node in self.nodes]
-        self.names = [op_name(node) for node in self.nodes]
-        self.pooled = [_is_vector(node, batch) for node in self.nodes]
-
-    def is_tensor(self, i: int) -> bool:
-        """Whether the value is a tensor or a list of them, not a size."""
-        value = self.nodes[i].meta.get("val")
-        return isinstance(value, torch.Tensor | list | tuple)
-
-    def is_data_size(self, i: int) -> bool:
-        return is_data_size(self.nodes[i])
-
-    def is_ancestor(self, a: int, b: int) -> bool:
-        return a < b and bool(self.ancestors[b] >> a & 1)
-
-    def between(self, sources: Iterable[int], sinks: Iterable[int], tokens_only: bool = False) -> set[int]:
-        """Nodes on a path from a source to a sink, sinks included, sources not.
-
-        With `tokens_only`, paths through a vector per sample do not count, unless a source is such a vector itself.
-        """
-        sources, sinks = set(sources), set(sinks)
-        tokens_only = tokens_only and not any(self.pooled[i] for i in sources)
-        first, last = min(sources), max(sinks)
-        down: set[int] = set(sources)
-        for i in range(first + 1, last + 1):
-            if i not in down and not (tokens_only and self.pooled[i]) and any(j in down for j in self.inputs[i]):
-                down.add(i)
-        up: set[int] = set(sinks)
-        for i in range(last, first, -1):
-            if i in up:
-                up.update(j for j in self.inputs[i] if j > first)
-        return (down & up) - sources | (sinks & down)
+    substantial: bool = False
 
 
 def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
@@ -161,15 +105,19 @@ def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
     Raises:
         LocateError: no residual branch with attention was found; says what there was.
     """
-    index = _Index(graph, batch)
+    index = Index(graph, batch)
     joins = _find_joins(index)
-    groups = _merge_shared(index, [join for join in joins if _is_substantial(index, join)])
+    groups = _merge_shared(index, [join for join in joins if join.substantial])
     cuts = sorted((_cut(index, group) for group in groups), key=lambda cut: cut.exits[0])
     cuts = [cut for cut in cuts if any(index.heavy[i] for i in cut.core)]
     taken = set().union(*(cut.core for cut in cuts)) if cuts else set()
     for cut in cuts:
         cut.core |= _only_used_by(index, cut, taken)
     branches = [_make_branch(index, cut, batch) for cut in cuts]
+    inside = set().union(*(branch.nodes for branch in branches))
+    for node in index.nodes:
+        if is_opaque(node) and node not in inside:
+            raise LocateError(f"a module that cannot be traced is no part of a residual branch: {node.meta['opaque']}")
     if not any(branch.kind != "mlp" for branch in branches):
         heavy = sum(index.heavy)
         raise LocateError(
@@ -181,11 +129,11 @@ def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
     return branches
 
 
-def _find_joins(index: _Index) -> list[_Join]:
+def _find_joins(index: Index) -> list[_Join]:
     joins: list[_Join] = []
     outputs: dict[int, _Join] = {}
     for i, node in enumerate(index.nodes):
-        if index.names[i] not in JOINS or rank_of(node) < 3:
+        if index.names[i] not in JOINS or index.ranks[i] < 3:
             continue
         operands = [index.number[a] for a in node.args[:3] if isinstance(a, fx.Node)]
         if index.names[i] == "aten::addcmul":
@@ -199,7 +147,7 @@ def _find_joins(index: _Index) -> list[_Join]:
         best: _Join | None = None
         for carrier, residual in pairs:
             stream = _stream_of(index, carrier, residual, outputs)
-            if stream is None or rank_of(index.nodes[residual]) < 3:
+            if stream is None or index.ranks[residual] < 3:
                 continue
             if best is None or stream > best.stream:
                 best = _Join(stream, residual, i, set())
@@ -210,7 +158,7 @@ def _find_joins(index: _Index) -> list[_Join]:
         for join in reversed(joins):  # ordered by output: what ends before the stream begins cannot be inside
             if join.output <= best.stream:
                 break
-            if join.output in region and join.stream >= best.stream and _is_substantial(index, join):
+            if join.output in region and join.stream >= best.stream and join.substantial:
                 inner.append(join)
         if inner:
             last = max(join.output for join in inner)
@@ -223,28 +171,32 @@ def _find_joins(index: _Index) -> list[_Join]:
         if not any(index.heavy[j] for j in region):
             continue
         best.region = region
+        best.substantial = _is_substantial(index, best)
         joins.append(best)
         outputs[i] = best
     return joins
 
 
-def _stream_of(index: _Index, carrier: int, residual: int, joins: dict[int, _Join]) -> int | None:
+def _stream_of(index: Index, carrier: int, residual: int, joins: dict[int, _Join]) -> int | None:
     """The residual stream that `carrier` carries past `residual`, or None."""
     node = carrier
     while True:
         if index.is_ancestor(node, residual):
-            return node if rank_of(index.nodes[node]) >= 3 else None
+            return node if index.ranks[node] >= 3 else None
         if node in joins:  # x + f(x) + g(x): look past the first join
             node = joins[node].stream
             continue
         live = [j for j in index.inputs[node] if index.depends_on_input[j]]
+        whole = whole_of(index, node)
         if index.names[node] in SEE_THROUGH and live:
             node = live[0]
+        elif whole is not None and index.shapes[node] == index.shapes[residual] and not index.pooled[node]:
+            node = whole  # not a row of a table of shifts and scales, which every token gets
         elif (index.names[node] in ("aten::mul", "aten::div", "aten::add") and len(live) < 2) or (
             index.names[node] in ("aten::mul", "aten::div")
         ):
-            tokens = [j for j in live if rank_of(index.nodes[j]) >= 3]
-            wide = [j for j in tokens if shape_of(index.nodes[j]) == shape_of(index.nodes[node])]
+            tokens = [j for j in live if index.ranks[j] >= 3]
+            wide = [j for j in tokens if index.shapes[j] == index.shapes[node]]
             if len(wide) != 1:
                 return None
             node = wide[0]
@@ -252,31 +204,12 @@ def _stream_of(index: _Index, carrier: int, residual: int, joins: dict[int, _Joi
             return None
 
 
-def _is_vector(node: fx.Node, batch: int) -> bool:
-    """Whether a value is one vector per sample: [batch, n] up to dimensions of size 1."""
-    shape = shape_of(node)
-    return shape is not None and len(shape) >= 2 and shape[0] == batch and sum(size > 1 for size in shape[1:]) <= 1
-
-
-def _mixes_tokens(index: _Index, i: int, tokens: int) -> bool:
-    """Whether node `i` is attention among `tokens` (of all samples): a product of two activations across tokens."""
-    if index.names[i] == "aten::scaled_dot_product_attention":
-        return True
-    if index.names[i] not in ("aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum"):
-        return False
-    if sum(index.depends_on_input[j] for j in index.inputs[i]) < 2:
-        return False
-    common, left, right = product_axes(index.nodes[i])
-    # Every token by itself, one row of weights times its own few values: a mixture, not attention.
-    return not (min(left, right) == 1 and common % tokens == 0)
-
-
-def _is_substantial(index: _Index, join: _Join) -> bool:
+def _is_substantial(index: Index, join: _Join) -> bool:
     """Rule 3: attention, or two heavy operators in a chain."""
-    region, tokens = join.region, _tokens_of(index, join.stream)
+    region, tokens = join.region, tokens_of(index, join.stream)
     depth: dict[int, int] = {}
     for i in sorted(region):
-        if _mixes_tokens(index, i, tokens):
+        if mixes_tokens(index, i, tokens) or is_opaque(index.nodes[i]):
             return True
         depth[i] = max((depth.get(j, 0) for j in index.inputs[i]), default=0) + index.heavy[i]
         if depth[i] >= 2:
@@ -284,13 +217,7 @@ def _is_substantial(index: _Index, join: _Join) -> bool:
     return False
 
 
-def _tokens_of(index: _Index, i: int) -> int:
-    """Number of vectors that the value of node `i` holds, all samples together."""
-    shape = shape_of(index.nodes[i]) or [1]
-    return math.prod(shape) // max(1, shape[-1])
-
-
-def _merge_shared(index: _Index, joins: list[_Join]) -> list[list[_Join]]:
+def _merge_shared(index: Index, joins: list[_Join]) -> list[list[_Join]]:
     owner: dict[int, int] = {}
     parent = list(range(len(joins)))
 
@@ -314,32 +241,40 @@ def _merge_shared(index: _Index, joins: list[_Join]) -> list[list[_Join]]:
 
 @dataclass
 class _Cut:
-    """A branch as node numbers: entries and exits per stream, and what lies between."""
+    """A branch as node numbers: entries and exits per stream, what runs with it, and what of that its entries reach."""
 
     entries: list[int]
     exits: list[int]
     core: set[int]
+    path: set[int]
 
 
-def _cut(index: _Index, joins: list[_Join]) -> _Cut:
-    region = index.between([j.stream for j in joins], [j.residual for j in joins], tokens_only=True)
-    exits = [_trim_back(index, join.residual, region) for join in joins]
-    entries = [_trim_front(index, join.stream, region) for join in joins]
-    core = index.between(entries, exits)
+def _cut(index: Index, joins: list[_Join]) -> _Cut:
+    region = joins[0].region
+    if len(joins) > 1:
+        region = index.between([j.stream for j in joins], [j.residual for j in joins], tokens_only=True)
+    entries, exits = [], []
+    for stream in dict.fromkeys(join.stream for join in joins):
+        residuals = [join.residual for join in joins if join.stream == stream]
+        whole = _trim_back(index, residuals, region, index.shapes[stream if len(residuals) > 1 else residuals[0]])
+        ends = [whole] if whole is not None else [_trim_back(index, [i], region, index.shapes[i]) for i in residuals]
+        exits += [end for end in ends if end is not None]
+        entries += [_trim_front(index, stream, region)] * len(ends)
+    path = index.between(entries, exits)
     # Sizes are computed anew inside a branch, unless they come from its data (how many tokens an expert gets).
-    core = {i for i in core if index.is_tensor(i) or index.is_data_size(i)}
+    core = {i for i in path if index.is_tensor(i) or index.is_data_size(i)}
     # One part of a list made outside (chunk, split) is taken outside too: an operand is a tensor.
     parts = {i for i in core if index.names[i] == "getitem" and index.inputs[i][0] not in core}
-    return _Cut(entries, exits, core - parts)
+    return _Cut(entries, exits, core - parts, path)
 
 
-def _make_branch(index: _Index, cut: _Cut, batch: int) -> Branch:
+def _make_branch(index: Index, cut: _Cut, batch: int) -> Branch:
     core, nodes = cut.core, index.nodes
     heavy = [i for i in sorted(core) if index.heavy[i]]
     escapes = [
         nodes[i]
         for i in sorted(core - set(cut.exits))
-        if any(u not in core for u in index.users[i]) and rank_of(nodes[i]) >= 0
+        if index.ranks[i] >= 0 and any(u not in core for u in index.users[i])
     ]
     streams = [
         Stream(nodes[z], nodes[y], _channel_dim(index, z, core)) for z, y in zip(cut.entries, cut.exits, strict=True)
@@ -349,15 +284,19 @@ def _make_branch(index: _Index, cut: _Cut, batch: int) -> Branch:
     return Branch(name, _kind_of(index, cut), macs, streams, escapes, [nodes[i] for i in sorted(core)])
 
 
-def _trim_front(index: _Index, stream: int, region: set[int]) -> int:
-    """The last single value, going down from the stream, before anything that is not cheap."""
-    frontier, best = [stream], stream
+def _trim_front(index: Index, stream: int, region: set[int]) -> int:
+    """The last single value, going down from the stream, before anything that is not cheap.
+
+    Parts of the tokens may go ways of their own (a modulation each), as long as they come together again.
+    """
+    frontier, best, parted = [stream], stream, False
     seen = {stream}
     while frontier:
         node = heapq.heappop(frontier)
-        if node != stream and index.names[node] not in CHEAP:
+        if node != stream and index.names[node] not in CHEAP and index.names[node] not in SPLICES:
             break
-        if not frontier:
+        parted |= node != stream and index.names[node] in SPLICES
+        if not frontier and not (parted and index.shapes[node] != index.shapes[stream]):
             best = node
         for user in index.users[node]:
             if user in region and user not in seen:
@@ -366,16 +305,20 @@ def _trim_front(index: _Index, stream: int, region: set[int]) -> int:
     return best
 
 
-def _trim_back(index: _Index, residual: int, region: set[int]) -> int:
-    """The first single value, going up from the residual, after anything that is not cheap."""
-    frontier, best = [-residual], residual
-    seen = {residual}
+def _trim_back(index: Index, residuals: list[int], region: set[int], shape: list[int] | None) -> int | None:
+    """The first single value, going up from the residuals, after anything that is not cheap.
+
+    Of parts of the tokens it is the value of that shape that they are parts of. None: there is no single value.
+    """
+    frontier, best, parted = [-i for i in sorted(residuals, reverse=True)], None, False
+    seen = set(residuals)
     while frontier:
         node = -heapq.heappop(frontier)
-        if not frontier:
+        if not frontier and not ((parted or len(residuals) > 1) and index.shapes[node] != shape):
             best = node
-        if index.names[node] not in CHEAP:
+        if index.names[node] not in CHEAP and index.names[node] not in SPLICES:
             break
+        parted |= index.names[node] in SPLICES
         for source in index.inputs[node]:
             if source in region and source not in seen:
                 seen.add(source)
@@ -383,7 +326,7 @@ def _trim_back(index: _Index, residual: int, region: set[int]) -> int:
     return best
 
 
-def _only_used_by(index: _Index, cut: _Cut, taken: set[int]) -> set[int]:
+def _only_used_by(index: Index, cut: _Cut, taken: set[int]) -> set[int]:
     """Work on side inputs that only this branch needs (text keys and values, say), to be skipped with it."""
     extra: set[int] = set()
     # Largest number first: by the time a node is looked at, all its users inside have been.
@@ -406,30 +349,29 @@ def _only_used_by(index: _Index, cut: _Cut, taken: set[int]) -> set[int]:
     return extra
 
 
-def _channel_dim(index: _Index, entry: int, core: set[int]) -> int:
-    rank = rank_of(index.nodes[entry])
+def _channel_dim(index: Index, entry: int, core: set[int]) -> int:
+    rank = index.ranks[entry]
     into_convolution = any(u in core and "conv" in index.names[u] for u in index.users[entry])
     return 1 if rank >= 4 and into_convolution else rank - 1
 
 
-def _kind_of(index: _Index, cut: _Cut) -> str:
-    core, entries, exits = cut.core, cut.entries, cut.exits
-    tokens = _tokens_of(index, entries[0])
-    products = {i for i in core if _mixes_tokens(index, i, tokens)}
+def _kind_of(index: Index, cut: _Cut) -> str:
+    core, entries = cut.core, cut.entries
+    tokens = tokens_of(index, entries[0])
+    products = {i for i in core if mixes_tokens(index, i, tokens)}
     if not products:
         return "mlp"
     if _has_nonlinear_path(index, core, products, entries):
         return "parallel"
     if len(entries) > 1:
         return "joint-attention"
-    below = index.between(entries, exits)
     first = min(products)
-    from_stream = [j for j in index.inputs[first] if j in below or j in entries]
+    from_stream = [j for j in index.inputs[first] if j in cut.path or j in entries]
     live = [j for j in index.inputs[first] if index.depends_on_input[j]]
     return "cross-attention" if len(from_stream) < min(2, len(live)) else "attention"
 
 
-def _has_nonlinear_path(index: _Index, core: set[int], products: set[int], entries: list[int]) -> bool:
+def _has_nonlinear_path(index: Index, core: set[int], products: set[int], entries: list[int]) -> bool:
     """Whether an MLP (heavy, activation, heavy) runs beside the attention, not through it."""
     state = dict.fromkeys(entries, 0)
     for i in sorted(core - products):

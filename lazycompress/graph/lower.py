@@ -13,161 +13,20 @@ In PyTorch a `LazyBranch` branches in Python; under `torch.export` it becomes `t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from ..gate import decide, select
-from .capture import size_node
 from .insert import LazyGraph
+from .lazy_branch import Controller, LazyBranch, Operand
 from .ops import is_data_size, is_dynamic, is_heavy
+from .tidy import size_node
 
 _ops = torch.ops.lazycompress
-
-
-class Controller(Protocol):
-    """Decides what a branch gives while gates are trained; the branch has been computed for every sample."""
-
-    def __call__(
-        self, branch: int, score: Tensor, valid: Tensor, fresh: list[Tensor], caches: Sequence[Tensor]
-    ) -> tuple[list[Tensor], Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How an operand is cut to some of the samples: `rows` of dim 0 per sample, 0 if it has no batch dimension."""
-
-    rows: int
-
-
-class LazyBranch(nn.Module):
-    """One branch: `forward(score, valid, threshold, caches, operands) -> (outputs, lazy)`.
-
-    Per sample: the branch runs on the samples that compute, gathered; the others keep their cache. Where some operand
-    cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes.
-    """
-
-    def __init__(
-        self, index: int, core: fx.GraphModule, operands: list[Operand], outputs: list[int], gather: bool
-    ) -> None:
-        super().__init__()
-        self.index = index
-        self.core = core
-        self.operands = operands
-        self.outputs = outputs
-        self.gather = gather
-        self.controller: Controller | None = None
-
-    def forward(
-        self, score: Tensor, valid: Tensor, threshold: Tensor, caches: list[Tensor], operands: list[Tensor]
-    ) -> tuple[list[Tensor], Tensor]:
-        if self.controller is not None:
-            return self.controller(self.index, score, valid, self.run(operands), caches)
-        lazy = decide(score, valid, threshold)
-        if torch.compiler.is_exporting():
-            return self._as_cond(lazy, caches, operands), lazy
-        stay = int((~lazy).sum())
-        if stay == 0:
-            return list(caches), lazy
-        if stay == lazy.shape[0]:
-            return self.run(operands), lazy
-        return self.mixed(lazy, computing(lazy), caches, operands), lazy
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """The branch on every sample."""
-        return list(self.core(*operands))
-
-    def mixed(
-        self, lazy: Tensor, samples: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """The branch on `samples`, which are those that are not lazy; the caches for the others."""
-        if not self.gather:
-            pairs = zip(self.run(operands), caches, strict=True)
-            return [select(new, fit(old, new.shape[0]), lazy) for new, old in pairs]
-        cut = [take(value, samples, operand.rows) for value, operand in zip(operands, self.operands, strict=True)]
-        # Each sample's row among the computed ones. A gather and a choice: converters make an element-wise scatter, which
-        # is many times slower, of an index copy.
-        place = (torch.cumsum(~lazy, 0) - 1).clamp(min=0)
-        spread = [take(new, place, rows) for new, rows in zip(self.run(cut), self.outputs, strict=True)]
-        return [select(new, fit(old, new.shape[0]), lazy) for new, old in zip(spread, caches, strict=True)]
-
-    def _as_cond(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
-        weights = dict(self.core.named_parameters()) | dict(self.core.named_buffers())
-        names, values = list(weights), list(weights.values())
-        count = len(caches)
-
-        weight_names = names
-        inner = count + len(operands)
-        cond = torch.ops.higher_order.cond
-
-        def everyone(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            swapped = dict(zip(weight_names, rest[inner:], strict=True))
-            return tuple(_Swapped(self, swapped).run(rest[count:inner]))
-
-        def some(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            swapped = dict(zip(weight_names, rest[inner:], strict=True))
-            return tuple(_Swapped(self, swapped).mixed(lazy, samples, rest[:count], rest[count:inner]))
-
-        def nobody(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            return tuple(cache.clone() for cache in rest[:count])
-
-        def not_everyone(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            return tuple(cond((~lazy).any(), some, nobody, (lazy, samples, *rest)))
-
-        # Outside of the bodies: a size that only the data knows may not be born inside and leave them.
-        samples = computing(lazy)
-        # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
-        return list(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *caches, *operands, *values)))
-
-
-class _Swapped:
-    """A branch that runs with other tensors in the places of its weights (`torch.cond` wants them as operands)."""
-
-    def __init__(self, branch: LazyBranch, weights: dict[str, Tensor]) -> None:
-        self.branch = branch
-        self.weights = weights
-
-    def mixed(
-        self, lazy: Tensor, samples: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]
-    ) -> list[Tensor]:
-        twin = LazyBranch.mixed.__get__(self)
-        result: list[Tensor] = twin(lazy, samples, caches, operands)
-        return result
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        return list(torch.func.functional_call(self.branch.core, self.weights, tuple(operands)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.branch, name)
-
-
-def computing(lazy: Tensor) -> Tensor:
-    """Numbers of the samples that are not lazy, int64 [at most batch]."""
-    samples = torch.nonzero(~lazy).squeeze(1)
-    torch._check(samples.shape[0] <= lazy.shape[0])
-    return samples
-
-
-def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
-    """The rows of `value` that belong to `samples`; `rows` of dim 0 per sample, 0 for a value without a batch."""
-    if rows == 0:
-        return value
-    if rows == 1:
-        return value.index_select(0, samples)
-    folded = value.reshape(-1, rows, *value.shape[1:])
-    return folded.index_select(0, samples).reshape(-1, *value.shape[1:])
-
-
-def fit(old: Tensor, rows: int) -> Tensor:
-    """A cache with that many rows.
-
-    It has another number where nothing of it is kept: the state of an exported model before its first image.
-    """
-    return old.index_select(0, torch.arange(rows, device=old.device).clamp(max=old.shape[0] - 1))
 
 
 def lower(flat: LazyGraph) -> LazyGraph:
@@ -177,6 +36,7 @@ def lower(flat: LazyGraph) -> LazyGraph:
     number = {node: i for i, node in enumerate(nodes)}
     entries: dict[int, dict[int, fx.Node]] = {}
     selects: dict[int, list[fx.Node]] = {}
+    holds: dict[int, list[fx.Node]] = {}
     branch_of_lazy: dict[fx.Node, int] = {}
     for node in nodes:
         if node.target is _ops.enter.default or node.target is _ops.enter:
@@ -187,6 +47,10 @@ def lower(flat: LazyGraph) -> LazyGraph:
     for node in nodes:
         if node.target in (_ops.select, _ops.select.default):
             selects.setdefault(branch_of_lazy[node.args[2]], []).append(node)
+        if node.target in (_ops.hold, _ops.hold.default):
+            holds.setdefault(branch_of_lazy[node.args[3]], []).append(node)
+    #: Part of a lowered branch.
+    absorbed = {node for node in nodes if node.target in (_ops.forecast, _ops.forecast.default)}
 
     constant = _constants(nodes)
     owner: dict[fx.Node, int] = {}
@@ -199,19 +63,33 @@ def lower(flat: LazyGraph) -> LazyGraph:
     graph = fx.Graph()
     root = nn.Module()
     mapped: dict[fx.Node, fx.Node] = {}
-    parts = {i: _extract(flat, i, _mark_of(decides[i]), chosen, owner, constant) for i, chosen in selects.items()}
+    scale_of = {spec.name: spec.scale for spec in flat.state}
+    caches_of = {
+        i: [old.all_input_nodes[0] if old in absorbed else old for old in (s.all_input_nodes[1] for s in chosen)]
+        for i, chosen in selects.items()
+    }
+    parts = {
+        i: _extract(
+            flat, i, _mark_of(decides[i]), chosen, owner, constant, [scale_of[str(c.target)] for c in caches_of[i]]
+        )
+        for i, chosen in selects.items()
+    }
     lazy_of: dict[fx.Node, fx.Node] = {}
 
-    waiting = [node for node in nodes if node not in owner and node.op != "output"]
+    waiting = [node for node in nodes if node not in owner and node not in absorbed and node.op != "output"]
     while waiting:
         left: list[fx.Node] = []
         for node in waiting:
             if node in branch_of_lazy:
                 i = branch_of_lazy[node]
                 branch, outside = parts[i]
-                caches = [s.all_input_nodes[1] for s in selects[i]]
+                caches = caches_of[i]
+                rates = [h.all_input_nodes[2] for h in holds.get(i, ())]
                 score, valid, threshold = node.all_input_nodes
-                needed = [*outside, *caches, score, valid, threshold]
+                # Without rates there is no pace to read: any tensor stands for it.
+                pace = holds[i][0].all_input_nodes[4] if i in holds else valid
+                branch.scheduled = score.target in (_ops.scheduled, _ops.scheduled.default)
+                needed = [*outside, *caches, *rates, score, valid, threshold, pace]
                 if any(n not in mapped for n in needed):
                     left.append(node)
                     continue
@@ -224,6 +102,8 @@ def lower(flat: LazyGraph) -> LazyGraph:
                         mapped[threshold],
                         [mapped[c] for c in caches],
                         [mapped[o] for o in outside],
+                        [mapped[r] for r in rates],
+                        mapped[pace],
                     ),
                 )
                 results = graph.call_function(_getitem, (call, 0))
@@ -233,6 +113,11 @@ def lower(flat: LazyGraph) -> LazyGraph:
                     item = graph.call_function(_getitem, (results, position))
                     item.meta = dict(chosen_node.meta)
                     mapped[chosen_node] = item
+                if rates:
+                    kept = graph.call_function(_getitem, (call, 2))
+                    for position, held in enumerate(holds[i]):
+                        mapped[held] = graph.call_function(_getitem, (kept, position))
+                        mapped[held].meta = dict(selects[i][position].meta)
             elif node in mapped:
                 continue
             elif any(used not in mapped for used in node.all_input_nodes):
@@ -318,7 +203,13 @@ def _is_gate(node: fx.Node) -> bool:
 
 
 def _extract(
-    flat: LazyGraph, i: int, mark: int, chosen: list[fx.Node], owner: dict[fx.Node, int], constant: set[fx.Node]
+    flat: LazyGraph,
+    i: int,
+    mark: int,
+    chosen: list[fx.Node],
+    owner: dict[fx.Node, int],
+    constant: set[fx.Node],
+    scales: list[int],
 ) -> tuple[LazyBranch, list[fx.Node]]:
     """The branch's own graph, and the nodes outside that are its operands."""
     source = flat.graph_module
@@ -361,7 +252,7 @@ def _extract(
     core = fx.GraphModule(source, graph)
     outputs = [_rows(node, batch) for node in fresh]
     gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
-    return LazyBranch(mark, core, operands, outputs, gather), outside
+    return LazyBranch(mark, core, operands, outputs, gather, scales), outside
 
 
 def _sources(
@@ -447,4 +338,4 @@ def _floordiv(a: Any, b: int) -> Any:
     return a // b
 
 
-__all__ = ["Callable", "Controller", "LazyBranch", "LazyGraph", "lazy_branches", "lower"]
+__all__ = ["Controller", "LazyBranch", "LazyGraph", "lazy_branches", "lower"]

@@ -56,6 +56,12 @@ SEE_THROUGH = frozenset(
     ]
 )
 
+#: Parts of a value.
+SPLITS = frozenset(f"aten::{name}" for name in ["slice", "narrow", "split", "split_with_sizes", "chunk"])
+
+#: Parts of a value, and putting them together again.
+SPLICES = SPLITS | {"aten::cat", "getitem"}
+
 #: Norms, modulation, gates, rescaling: the cheap ends of a branch, which stay outside of it.
 CHEAP = SEE_THROUGH | frozenset(
     f"aten::{name}"
@@ -112,6 +118,10 @@ NONLINEAR = frozenset(
 )
 
 
+#: How the names of constants end that hold 4-bit integers, one in each byte.
+FOUR_BITS = "_in4bits"
+
+
 def op_name(node: fx.Node) -> str:
     """`aten::add` for a call of any overload of it; `getitem` for `operator.getitem`; else an empty string."""
     target = node.target
@@ -152,8 +162,19 @@ def is_data_size(node: fx.Node) -> bool:
     return isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat) and bool(free_unbacked_symbols(value))
 
 
+def has_data_size(node: fx.Node) -> bool:
+    """Whether the value is tokens (rank 3 or more) whose number depends on data: no cache has such a size."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() >= 3 and bool(free_unbacked_symbols(value))
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether the node calls a module that could not be traced, see `opaque`."""
+    return node.op == "call_module" and "opaque" in node.meta
+
+
 def is_heavy(node: fx.Node) -> bool:
-    return node.op == "call_function" and op_name(node) in HEAVY
+    return is_opaque(node) or (node.op == "call_function" and op_name(node) in HEAVY)
 
 
 def rank_of(node: fx.Node) -> int:
@@ -165,6 +186,8 @@ def macs_of(node: fx.Node) -> int:
     """Multiply-accumulates of one heavy node at the sizes seen at capture, 0 for any other node."""
     if not is_heavy(node):
         return 0
+    if is_opaque(node):
+        return int(node.meta["macs"])
     name, out = op_name(node), shape_of(node)
     args = list(node.args)
 

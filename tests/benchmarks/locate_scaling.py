@@ -1,12 +1,14 @@
 """Time to locate branches against the number of graph nodes: `python -m tests.benchmarks.locate_scaling`.
 
-Prints milliseconds for 2 to 60 blocks and how much faster than the node count they grow, then the same for a text-to-image
-model of 19 two-stream and 38 single-stream blocks at real widths, on the meta device.
+Prints milliseconds of CPU time for 2 to 60 blocks, the least of several interleaved runs, and how much faster than the node
+count they grow; then the same for a text-to-image model of 19 two-stream and 38 single-stream blocks at real widths, on the
+meta device.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,17 +22,19 @@ from tests.zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
 LIMIT = 1.2
 
 
-def seconds_and_nodes(blocks: int, repeats: int = 5) -> tuple[float, int]:
-    """Best time of several, and the number of nodes, for an image model with this many blocks."""
-    model = ImageDenoiser(AdaBlock, depth=blocks).eval().requires_grad_(False)
-    captured = capture(model, take_apart(model, (), image_inputs(2, 0)))
-    graph = captured.graph_module.graph
-    best = float("inf")
+def timings_of(sizes: Sequence[int], repeats: int = 12) -> list[tuple[float, int]]:
+    """Least CPU seconds and number of nodes of an image model with each of these numbers of blocks."""
+    captures = []
+    for blocks in sizes:
+        model = ImageDenoiser(AdaBlock, depth=blocks).eval().requires_grad_(False)
+        captures.append(capture(model, take_apart(model, (), image_inputs(2, 0))))
+    best = [float("inf")] * len(captures)
     for _ in range(repeats):
-        start = time.process_time()
-        locate_branches(graph, captured.batch)
-        best = min(best, time.process_time() - start)
-    return best, len(graph.nodes)
+        for k, captured in enumerate(captures):
+            start = time.process_time()
+            locate_branches(captured.graph_module.graph, captured.batch)
+            best[k] = min(best[k], time.process_time() - start)
+    return [(seconds, len(c.graph_module.graph.nodes)) for seconds, c in zip(best, captures, strict=True)]
 
 
 def growth(timings: list[tuple[float, int]]) -> float:
@@ -58,23 +62,22 @@ def large_model() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def locate_large() -> tuple[list[Branch], float, float, int]:
-    """Branches of `large_model`, seconds to capture and to locate, and the number of nodes."""
+    """Branches of `large_model`, CPU seconds to capture and to locate, and the number of nodes."""
     model, inputs = large_model()
-    start = time.perf_counter()
+    start = time.process_time()
     captured = capture(model, take_apart(model, (), inputs))
-    middle = time.perf_counter()
+    middle = time.process_time()
     branches = locate_branches(captured.graph_module.graph, captured.batch)
-    return branches, middle - start, time.perf_counter() - middle, len(captured.graph_module.graph.nodes)
+    return branches, middle - start, time.process_time() - middle, len(captured.graph_module.graph.nodes)
 
 
 def main() -> None:
     """Print the table and the verdict."""
     torch.set_num_threads(1)
-    timings = []
+    sizes = (2, 4, 8, 16, 30, 60)
+    timings = timings_of(sizes)
     print("blocks  nodes      ms  us/node")
-    for blocks in (2, 4, 8, 16, 30, 60):
-        seconds, nodes = seconds_and_nodes(blocks)
-        timings.append((seconds, nodes))
+    for blocks, (seconds, nodes) in zip(sizes, timings, strict=True):
         print(f"{blocks:6d} {nodes:6d} {seconds * 1e3:7.2f} {seconds / nodes * 1e6:8.2f}")
     ratio = growth(timings)
     print(f"growth against linear, 2 to 60 blocks: {ratio:.2f} (at most {LIMIT})")

@@ -133,6 +133,7 @@ def motif_sites(_model: nn.Module) -> list[Site]:
 def framepack_inputs(batch: int, step: int) -> dict[str, Any]:
     return {
         **masked_text_inputs(batch, step),
+        "encoder_attention_mask": torch.ones(batch, 6, dtype=torch.bool),
         "hidden_states": moving(batch, step, 4, 2, 8, 8),
         "pooled_projections": constant(batch, 16, seed=4),
         "image_embeds": constant(batch, 3, 20, seed=5),
@@ -446,7 +447,8 @@ SPECIMENS: list[Specimen] = [
         mlp=6,
         parallel=2,
         sites=hunyuanvideo_sites,
-        note="HunyuanVideo's blocks behind tokens of earlier frames; the text refiner's four branches as there.",
+        note="HunyuanVideo's blocks behind tokens of earlier frames; the text refiner's four branches as there. One sample "
+        "alone drops padded text, samples in a batch mask it, so that gates see other text: prompts here fill the length.",
         export="none",
     ),
     Specimen(
