@@ -30,6 +30,10 @@ class ExportError(LazyCompressError):
     """A lazy model could not be written, or a written one could not be read."""
 
 
+class ComposeError(LazyCompressError):
+    """A model could not be quantized, compressed or pruned as its recipe says."""
+
+
 class MissingExtraError(LazyCompressError):
     """An optional dependency is needed and not installed."""
 

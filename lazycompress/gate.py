@@ -2,15 +2,21 @@
 
 For branch i, sample b, timestep t, and Z the branch's input after norm and modulation:
 
-    logit(b)  = mean over tokens of Z[b] . w_i(t) + c_i(t)
+    logit(b)  = mean over tokens of Z[b] . w_i(t) + c_i(t) - s log(e_i(b))
     score(b)  = sigmoid(logit(b))                       in [0, 1], higher is lazier
     lazy(b)   = valid(b) and score(b) > threshold
-    Y[b]      = cache[b] if lazy(b) else F(Z)[b];  cache <- Y
+    Y[b]      = cache[b] + rate[b] d(b) if lazy(b) else F(Z)[b];  cache <- Y
 
 `w_i(t)` and `c_i(t)` are tables over a grid of timesteps, interpolated linearly and held constant beyond its ends: at the
 grid's own points this is one gate per sampling step, as in LazyDiT (arXiv 2412.12444); the mean and the bias are ours.
+`e_i(b)` is how far the timestep has moved since the branch was last computed for this sample, in the timestep's own unit. With
+it a gate says for how long an output keeps, whatever the number of steps; without it (s = 0) whether this very step is needed.
+`d(b)` is how far it has moved since the last call, and `rate` how fast the output moved between its last two computations:
+reuse goes on along the line through them, as TaylorSeer (arXiv 2503.06923) does in first order. It is 0 until there are two
+computations in this image, and always in gates of order 0.
 `valid(b)` is false where sample b starts a new image: the timestep is not strictly past the last one, or what the model is
-conditioned on has changed.
+conditioned on has changed. Samplers that call the model twice at a timestep (Heun's) set `phase`: a second call at the same
+timestep, but for the one at which the image began, then goes on with it and counts as that much later.
 
 The functions below are also operators (`torch.ops.lazycompress.*`), so that graph passes, quantization among them, see
 one opaque node where a gate is.
@@ -18,6 +24,7 @@ one opaque node where a gate is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +33,18 @@ from torch import Tensor, nn
 
 #: A past timestep that every timestep fails to be past of, times the direction.
 NEVER = 3.0e38
+
+#: Less time than this cannot have passed between two calls.
+SOONEST = 1e-6
+
+#: What the logarithm of the elapsed time counts in gates that follow a schedule.
+SLOPE = 8.0
+
+#: How long an output keeps that is never reused, as a share of the time to the next computation.
+SHORT = 0.7
+
+#: Bias of a decision that must not be taken: below any threshold, whatever the elapsed time.
+FORBIDDEN = -1e4
 
 
 def enter(stream: Tensor, branch: int, position: int) -> Tensor:
@@ -53,16 +72,53 @@ def fingerprint(conditions: Sequence[Tensor], latents: Tensor) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
-def valid(timestep: Tensor, past_timestep: Tensor, prints: Tensor, past_prints: Tensor, direction: Tensor) -> Tensor:
+def valid(
+    timestep: Tensor,
+    past_timestep: Tensor,
+    prints: Tensor,
+    past_prints: Tensor,
+    past_times: Tensor,
+    direction: Tensor,
+    phase: Tensor,
+) -> Tensor:
     """Which samples go on with the image of the last call, bool [batch]. `direction` is 1 for descending timesteps.
 
     The past may have another batch size (the state of an exported model): then no sample goes on.
     """
     counts = torch.ones_like(past_timestep).sum() == torch.ones_like(timestep).sum()
-    rows = torch.arange(timestep.shape[0], device=timestep.device).clamp(max=past_timestep.shape[0] - 1)
-    onward = (past_timestep.index_select(0, rows) - timestep) * direction > 0
+    rows = _rows(timestep, past_timestep)
+    past = past_timestep.index_select(0, rows)
+    again = (past == timestep) & (past_times.index_select(0, rows)[:, 0] != timestep) & (phase > 0)
+    onward = (past - timestep) * direction > 0
     unchanged = (prints == past_prints.index_select(0, rows)).all(dim=1)
-    return counts & onward & unchanged
+    return counts & (onward | again) & unchanged
+
+
+def clock(timestep: Tensor, past_timestep: Tensor, valid: Tensor, direction: Tensor, phase: Tensor) -> Tensor:
+    """Timesteps that move with every call, float32 [batch]: a second call at one timestep is `phase` further."""
+    again = valid & (past_timestep.index_select(0, _rows(timestep, past_timestep)) == timestep)
+    return torch.where(again, timestep - direction * phase, timestep)
+
+
+def elapsed(now: Tensor, past_times: Tensor, direction: Tensor) -> Tensor:
+    """The time since the image began, since the last call and since each branch was computed, float32 [batch, 2 + branches]."""
+    past = past_times.index_select(0, _rows(now, past_times))
+    return ((past - now.unsqueeze(1)) * direction).clamp(min=SOONEST)
+
+
+def times(now: Tensor, past_times: Tensor, valid: Tensor, lazy: Tensor) -> Tensor:
+    """When the image began, when the call is, and when each branch was last computed, float32 [batch, 2 + branches].
+
+    lazy: [branches, batch].
+    """
+    past = past_times.index_select(0, _rows(now, past_times))
+    kept = torch.cat([valid.unsqueeze(1), torch.zeros_like(valid).unsqueeze(1), lazy.transpose(0, 1)], dim=1)
+    return torch.where(kept, past, now.unsqueeze(1))
+
+
+def _rows(current: Tensor, past: Tensor) -> Tensor:
+    """Row numbers of the current batch, clamped to those that the past has."""
+    return torch.arange(current.shape[0], device=current.device).clamp(max=past.shape[0] - 1)
 
 
 def hat(timestep: Tensor, grid: Tensor) -> Tensor:
@@ -76,13 +132,22 @@ def hat(timestep: Tensor, grid: Tensor) -> Tensor:
     return torch.minimum(rising, falling).clamp(0.0, 1.0)
 
 
-def score(streams: Sequence[Tensor], channel_dims: Sequence[int], hats: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def score(
+    streams: Sequence[Tensor],
+    channel_dims: Sequence[int],
+    hats: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    elapsed: Tensor,
+    slope: Tensor,
+) -> Tensor:
     """The gate's score, float32 [batch].
 
     Args:
         streams: the branch's inputs Z, each [batch * k, ..., channels, ...].
         channel_dims: which dimension of each holds the channels.
         hats: [batch, grid]. weight: [grid, channels of all streams]. bias: [grid].
+        elapsed: time since the branch was computed, [batch]. slope: what its logarithm counts, scalar.
     """
     pooled = []
     for stream, dim in zip(streams, channel_dims, strict=True):
@@ -92,8 +157,13 @@ def score(streams: Sequence[Tensor], channel_dims: Sequence[int], hats: Tensor, 
             values = values.flatten(dim + 1).mean(dim=-1)
         pooled.append(values.reshape(hats.shape[0], -1, channels).mean(dim=1))
     features = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-    logit = (features * (hats @ weight)).sum(dim=1) + (hats * bias).sum(dim=1)
+    logit = (features * (hats @ weight)).sum(dim=1) + (hats * bias).sum(dim=1) - slope * elapsed.log()
     return torch.sigmoid(logit)
+
+
+def scheduled(streams: Sequence[Tensor], hats: Tensor, bias: Tensor, elapsed: Tensor, slope: Tensor) -> Tensor:
+    """The score of a static gate, float32 [batch]: the streams are not read. Arguments as in `score`."""
+    return torch.sigmoid((hats * bias).sum(dim=1) - slope * elapsed.log())
 
 
 def decide(score: Tensor, valid: Tensor, threshold: Tensor) -> Tensor:
@@ -107,16 +177,66 @@ def select(fresh: Tensor, cache: Tensor, lazy: Tensor) -> Tensor:
     return torch.where(lazy.unsqueeze(1), cache.reshape(rows.shape), rows).reshape(fresh.shape)
 
 
+def pace(elapsed: Tensor, valid: Tensor, branch: int) -> Tensor:
+    """What a branch's line needs of the clock, float32 [batch, 3].
+
+    The time since the last call; how long before that the branch was computed; and one over the time since it was, or
+    0 where that was in another image.
+    """
+    step, since = elapsed[:, 1], elapsed[:, 2 + branch]
+    return torch.stack([step, since - step, valid.to(torch.float32) / since], dim=1)
+
+
+def forecast(cache: Tensor, rate: Tensor, pace: Tensor, scale: int) -> Tensor:
+    """The output that a lazy branch gives: the last one, gone on with its rate. `scale` rows of dim 0 per sample."""
+    step, _, _ = per_row(pace, cache, scale)
+    return cache + rate * step
+
+
+def trend(fresh: Tensor, cache: Tensor, rate: Tensor, pace: Tensor, scale: int) -> Tensor:
+    """The rate between a branch's last two computations, of which `fresh` is the second."""
+    _, back, inverse = per_row(pace, fresh, scale)
+    return (fresh - cache + rate * back) * inverse
+
+
+def hold(fresh: Tensor, cache: Tensor, rate: Tensor, lazy: Tensor, pace: Tensor, scale: int) -> Tensor:
+    """The rate for the next call: kept where lazy, else that of the last two computations."""
+    return select(trend(fresh, cache, rate, pace, scale), rate, lazy)
+
+
+def per_row(pace: Tensor, like: Tensor, scale: int) -> list[Tensor]:
+    """The columns of `pace` in the dtype of `like`, each [rows, 1, ...]; any rows if the batch is another one."""
+    rows = torch.arange(like.shape[0], device=like.device)
+    rows = rows if scale == 1 else rows // scale
+    fitted = pace.to(like.dtype).index_select(0, rows.clamp(max=pace.shape[0] - 1))
+    return [column.reshape(-1, *[1] * (like.dim() - 1)) for column in fitted.unbind(1)]
+
+
 _library: Any = torch.library.Library("lazycompress", "DEF")  # type: ignore[no-untyped-call]
 for _function, _schema in (
     (enter, "(Tensor stream, int branch, int position) -> Tensor"),
     (timestep_per_sample, "(Tensor timestep, Tensor latents) -> Tensor"),
     (fingerprint, "(Tensor[] conditions, Tensor latents) -> Tensor"),
-    (valid, "(Tensor timestep, Tensor past_timestep, Tensor prints, Tensor past_prints, Tensor direction) -> Tensor"),
+    (
+        valid,
+        "(Tensor timestep, Tensor past_timestep, Tensor prints, Tensor past_prints, Tensor past_times, Tensor direction, "
+        "Tensor phase) -> Tensor",
+    ),
+    (clock, "(Tensor timestep, Tensor past_timestep, Tensor valid, Tensor direction, Tensor phase) -> Tensor"),
+    (elapsed, "(Tensor now, Tensor past_times, Tensor direction) -> Tensor"),
+    (times, "(Tensor now, Tensor past_times, Tensor valid, Tensor lazy) -> Tensor"),
     (hat, "(Tensor timestep, Tensor grid) -> Tensor"),
-    (score, "(Tensor[] streams, int[] channel_dims, Tensor hats, Tensor weight, Tensor bias) -> Tensor"),
+    (
+        score,
+        "(Tensor[] streams, int[] channel_dims, Tensor hats, Tensor weight, Tensor bias, Tensor elapsed, Tensor slope) "
+        "-> Tensor",
+    ),
+    (scheduled, "(Tensor[] streams, Tensor hats, Tensor bias, Tensor elapsed, Tensor slope) -> Tensor"),
     (decide, "(Tensor score, Tensor valid, Tensor threshold) -> Tensor"),
     (select, "(Tensor fresh, Tensor cache, Tensor lazy) -> Tensor"),
+    (pace, "(Tensor elapsed, Tensor valid, int branch) -> Tensor"),
+    (forecast, "(Tensor cache, Tensor rate, Tensor pace, int scale) -> Tensor"),
+    (hold, "(Tensor fresh, Tensor cache, Tensor rate, Tensor lazy, Tensor pace, int scale) -> Tensor"),
 ):
     _library.define(f"{_function.__name__}{_schema}")
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
@@ -131,11 +251,26 @@ class Gates(nn.Module):
         bias: float32 [branches, grid]; large and negative means that the branch always computes there.
         threshold: scalar; a branch reuses where its score is above.
         direction: 1 where timesteps fall while sampling, -1 where they rise.
+        slope: how much the logarithm of the time since the last computation counts; 0: not at all.
+        phase: how much later a second call at the same timestep is; 0: such a call begins a new image.
+        rank: in which order reuse is taken up when the budget shrinks, float32 [branches, grid]; infinite where it is
+            forbidden, and everywhere if the gates have no such order.
+        frontier: schedules that training found for several budgets, bool [budgets, branches, grid].
+        longest: how many steps of the grid one output may be reused for.
+        static: 1 where the weights are left out: all samples at a timestep share one decision, and no stream is read for it.
+        order: 1 where reuse goes on along the line through the last two computations, 0 where it repeats the last one.
     """
 
     grid: Tensor
     threshold: Tensor
     direction: Tensor
+    slope: Tensor
+    phase: Tensor
+    rank: Tensor
+    order: Tensor
+    static: Tensor
+    frontier: Tensor
+    longest: Tensor
 
     def __init__(self, names: Sequence[str], widths: Sequence[int], grid: Tensor, direction: int = 1) -> None:
         super().__init__()
@@ -143,12 +278,75 @@ class Gates(nn.Module):
         self.register_buffer("grid", grid.to(torch.float32).sort().values)
         self.register_buffer("threshold", torch.tensor(0.5))
         self.register_buffer("direction", torch.tensor(float(direction)))
+        self.register_buffer("slope", torch.tensor(0.0))
+        self.register_buffer("phase", torch.tensor(0.0))
+        self.register_buffer("order", torch.tensor(0))
+        self.register_buffer("static", torch.tensor(0))
+        self.register_buffer("frontier", torch.zeros(0, len(self.names), self.grid.shape[0], dtype=torch.bool))
+        self.register_buffer("longest", torch.tensor(self.grid.shape[0]))
         size = self.grid.shape[0]
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(size, width)) for width in widths])
         # An untrained gate computes: sigmoid(-4) = 0.018.
         self.bias = nn.Parameter(torch.full((len(self.names), size), -4.0))
+        self.register_buffer("rank", torch.full((len(self.names), size), torch.inf))
+
+    def like(self, order: int, static: int) -> Gates:
+        """Untrained gates for the same branches and grid, of this order, static or not: they always compute."""
+        widths = [weight.shape[1] for weight in self.weights]
+        gates = Gates(self.names, widths, self.grid, int(self.direction))
+        gates.order.fill_(order)
+        gates.static.fill_(static)
+        return gates.to(self.grid.device)
 
     @property
     def never(self) -> float:
         """The past timestep of a sample that has none: no timestep is past it."""
         return -NEVER * float(self.direction)
+
+    @torch.no_grad()
+    def follow(self, schedule: Tensor, allowed: Tensor) -> None:
+        """Set slope and bias so that the gates take the decisions of a schedule on their own grid.
+
+        Between two computations of a branch lies a time T that its output keeps: longer than the last reuse, shorter than
+        the next computation, here their geometric mean. The logit is `SLOPE * log(T / elapsed)`, so another number of
+        steps computes each branch about as often per unit of time.
+
+        Args:
+            schedule: bool [branches, grid], true where a branch reuses.
+            allowed: bool [branches, grid], where it may reuse at all.
+        """
+        order = range(len(self.grid)) if float(self.direction) < 0 else range(len(self.grid) - 1, -1, -1)
+        times = self.grid.double().tolist()
+        bias = torch.full_like(self.bias, FORBIDDEN, dtype=torch.float64)
+        for branch, reuse in enumerate(schedule.tolist()):
+            runs: list[list[int]] = []  # a computation, and what reuses it
+            for step in order:
+                if reuse[step] and runs:
+                    runs[-1].append(step)
+                else:
+                    runs.append([step])
+            for run, after in zip(runs, [*runs[1:], None], strict=True):
+                last = abs(times[run[0]] - times[run[-1]])
+                until = abs(times[run[0]] - times[after[0]]) if after else 2 * last
+                keeps = (last * until) ** 0.5 if len(run) > 1 else SHORT * until
+                for step in [*run[1:], *(after[:1] if after else [])]:
+                    bias[branch, step] = SLOPE * math.log(max(keeps, SOONEST))
+        self.bias.copy_(torch.where(allowed.to(bias.device), bias, torch.full_like(bias, FORBIDDEN)))
+        self.slope.fill_(SLOPE)
+
+    @torch.no_grad()
+    def decisions(self, timesteps: Tensor) -> Tensor:
+        """What the gates decide over one image, their weights left out: bool [calls, branches] for timesteps [calls]."""
+        past = torch.full((1, 2 + len(self.names)), self.never)
+        before, nothing = torch.full((1,), self.never), torch.zeros(1, 1)
+        direction, phase = self.direction.cpu(), self.phase.cpu()
+        taken = []
+        for timestep in timesteps.detach().cpu().float().reshape(-1, 1):
+            goes_on = valid(timestep, before, nothing, nothing, past, direction, phase)
+            now = clock(timestep, before, goes_on, direction, phase)
+            since = elapsed(now, past, direction)[0, 2:]
+            bias = self.bias.detach().cpu() @ hat(now, self.grid.cpu())[0]
+            lazy = decide(torch.sigmoid(bias - self.slope.cpu() * since.log()), goes_on, self.threshold.cpu())
+            past, before = times(now, past, goes_on, lazy.unsqueeze(1)), timestep
+            taken.append(lazy)
+        return torch.stack(taken)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .contexts import States
 from .errors import InputError, LazyCompressError
-from .gate import Gates
+from .gate import FORBIDDEN, SLOPE, Gates, fingerprint, timestep_per_sample
 from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
 from .graph.locate import Branch, locate_branches
@@ -25,19 +27,21 @@ _log = logging.getLogger(__name__)
 
 Policy = Literal["learned", "compute", "reuse"]
 
-#: Scores below this belong to decisions that guards forbid.
-NEVER_REUSED = 1e-6
-
 _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
 
 
 class _Program:
-    """One capture, ready to run: shares weights and gates with every other capture of the same model."""
+    """One capture, ready to run: shares weights and gates with every other capture of the same model.
 
-    def __init__(self, captured: Capture, flat: LazyGraph, lowered: LazyGraph) -> None:
+    Attributes:
+        before: the flat graph before its activations were quantized; None if they were not.
+    """
+
+    def __init__(self, captured: Capture, flat: LazyGraph, lowered: LazyGraph, before: LazyGraph | None = None) -> None:
         self.captured = captured
         self.flat = flat
         self.lowered = lowered
+        self.before = before
 
 
 class LazyModel(nn.Module):
@@ -45,7 +49,8 @@ class LazyModel(nn.Module):
 
     It has the forward signature, return type, `config`, `dtype` and `device` of the model it was made from, and shares
     its weights. State is kept between calls and forgotten when a new image begins: the timestep is not past the
-    last one, the conditioning changed, the batch or any size changed, or `reset()` was called.
+    last one, the conditioning changed, the batch or any size changed, or `reset()` was called. Calls with different
+    conditioning may take turns (guidance in two calls): each has a state of its own, see `contexts`.
 
     Attributes:
         branches: what was located, in the order in which it runs.
@@ -66,9 +71,14 @@ class LazyModel(nn.Module):
         self.timestep_input = timestep_input
         self.recipe: Recipe | None = None
         self.training_report: Any = None
+        #: What quantization and compression did, a line each.
+        self.reports: list[Any] = []
         self._programs: dict[CallKey, list[_Program]] = {}
-        self._state: list[Tensor] | None = None
-        self._state_key: Any = None
+        self._controller: Controller | None = None
+        #: What was done to the branches since they were captured: "quantize", "weights".
+        self.stages: list[str] = []
+        self._states = States()
+        self._timesteps = torch.zeros(0)
         self._policy: Policy = "learned"
         captured = capture(model, example)
         self.branches = locate_branches(captured.graph_module.graph, captured.batch)
@@ -112,9 +122,21 @@ class LazyModel(nn.Module):
     @property
     def past_timestep(self) -> Tensor:
         """Timesteps of the last call, float32 [batch]."""
-        if self._state is None:
+        if self._states.last is None:
             raise LazyCompressError("the lazy model has not been called since its last reset")
-        return self._state[0]
+        return self._states.last.timesteps
+
+    @property
+    def timestep(self) -> float:
+        """The largest timestep of the call that runs, or ran last."""
+        return float(self._timesteps.max())
+
+    @property
+    def context(self) -> int:
+        """Number of the state that the call uses, counted since the last `reset()`: calls that take turns differ in it."""
+        if self._states.last is None:
+            raise LazyCompressError("the lazy model has not been called since its last reset")
+        return self._states.last.number
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -130,8 +152,37 @@ class LazyModel(nn.Module):
 
     def reset(self) -> None:
         """Forget the caches and the statistics: the next call computes every branch."""
-        self._state = None
+        self._states.clear()
         self.usage.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyModel:
+        # A change of dtype is for the weights: a gate in half precision would not know its timesteps apart.
+        kept = {name: value.detach().clone() for name, value in self.gates.state_dict().items()}
+        before = self.dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, parameter in self.gates.named_parameters():
+                parameter.data = kept[name].to(parameter.device)
+        for name, buffer in self.gates.named_buffers():
+            setattr(self.gates, name, kept[name].to(buffer.device))
+        self._move_example(before)
+        if self.dtype != before:
+            self._programs.clear()  # they hold buffers and constants of the old dtype
+        self._states.clear()
+        return self
+
+    def _move_example(self, old: torch.dtype) -> None:
+        tensors = [t.to(self.device, self.dtype if t.dtype is old else t.dtype) for t in self.example.tensors]
+        self.example = replace(self.example, tensors=tensors)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Within the block, calls go on with the state of that name; diffusers pipelines name their guidance calls so."""
+        outer, self._states.name = self._states.name, name
+        try:
+            yield
+        finally:
+            self._states.name = outer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self.model, args, kwargs)
@@ -139,13 +190,20 @@ class LazyModel(nn.Module):
         threshold = torch.tensor(
             _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
         )
-        if self._state is None or self._state_key != (call.key, call.batch, id(program)):
-            device = call.tensors[call.latents].device
-            self._state = [spec.fresh(call.batch, device) for spec in program.lowered.state]
-            self._state_key = (call.key, call.batch, id(program))
-        results = program.lowered.graph_module(*call.tensors, threshold, *self._state)
-        count = program.lowered.outputs
-        self._state = [value.detach() for value in results[count:-1]]
+        lowered, latents = program.lowered, call.tensors[call.latents]
+        timesteps = timestep_per_sample(call.tensors[lowered.timestep], latents)
+        self._timesteps = timesteps
+        state = self._states.find(
+            (call.key, call.batch, id(program)),
+            timesteps,
+            fingerprint([call.tensors[i] for i in lowered.conditions], latents),
+            float(self.gates.direction),
+            self.gates.never,
+            lambda: [spec.fresh(call.batch, latents.device) for spec in lowered.state],
+        )
+        results = lowered.graph_module(*call.tensors, threshold, *state.tensors)
+        count = lowered.outputs
+        state.tensors = [value.detach() for value in results[count:-1]]
         self.usage.add(results[count], results[-1])
         return pytree.tree_unflatten(results[:count], program.captured.output_spec)
 
@@ -155,6 +213,11 @@ class LazyModel(nn.Module):
         for program in programs:
             if program.captured.serves(call):
                 return program
+        if self.stages:
+            raise InputError(
+                f"{type(self.model).__name__} went through {', '.join(self.stages)} for calls like its example; this one has "
+                "other sizes or fixed values: make the model lazy with an example of it"
+            )
         _log.warning(
             "lazycompress captures %s again: sizes, batch or fixed values differ from every call so far; weights and "
             "gates are shared",
@@ -164,8 +227,61 @@ class LazyModel(nn.Module):
         programs.append(program)
         return program
 
+    def replace_flat(self, flat: LazyGraph, stage: str) -> None:
+        """Run another flat graph in place of the example's: the same calls, with quantized or compressed branches.
+
+        From now on the model takes the kinds of call that it has been captured for; another one would run in full
+        precision.
+        """
+        program = self.program(self.example)
+        before = program.before or (program.flat if stage == "quantize" else None)
+        self._programs = {self.example.key: [_Program(program.captured, flat, lower(flat), before)]}
+        self.stages = [*self.stages, stage]
+        self.reset()
+
+    @contextmanager
+    def instead(self, flat: LazyGraph) -> Iterator[None]:
+        """Within the block the example's calls run `flat`, a variant of their own flat graph with the same gates."""
+        kept, program = self._programs, self.program(self.example)
+        self._programs = {self.example.key: [_Program(program.captured, flat, lower(flat))]}
+        self.reset()
+        try:
+            yield
+        finally:
+            self._programs = kept
+            self._swap_gates(self.gates)
+
+    @contextmanager
+    def before_quantization(self) -> Iterator[None]:
+        """Within the block the example's calls run as they did before the stage "quantize"."""
+        program = self.program(self.example)
+        with self.instead(program.before or program.flat):
+            yield
+
+    def _swap_gates(self, gates: Gates) -> None:
+        if (int(gates.order), int(gates.static)) != (int(self.gates.order), int(self.gates.static)):
+            raise LazyCompressError(
+                f"the model went through {', '.join(self.stages)} with other gates: of order {int(self.gates.order)}, "
+                f"{'' if int(self.gates.static) else 'not '}static; make it lazy again instead"
+            )
+        self.gates = gates
+        for programs in self._programs.values():
+            for program in programs:
+                program.flat.graph_module.lazy_gates = gates
+                program.lowered.graph_module.lazy_gates = gates
+                if program.before is not None:
+                    program.before.graph_module.lazy_gates = gates
+        self.reset()
+
     def set_gates(self, gates: Gates) -> None:
-        """Use other gates, of any timestep grid, in every capture there is."""
+        """Use other gates, of any timestep grid, in every capture there is.
+
+        Raises:
+            LazyCompressError: the model is quantized, and these gates need another graph.
+        """
+        if self.stages:
+            self._swap_gates(gates)
+            return
         self.gates = gates
         for programs in self._programs.values():
             for k, program in enumerate(programs):
@@ -185,66 +301,137 @@ class LazyModel(nn.Module):
         timestep = find_timestep(call.leaves, call.tensors, self.timestep_input)
         conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
-        return _Program(captured, flat, lower(flat))
+        program = _Program(captured, flat, lower(flat))
+        for branch in lazy_branches(program.lowered):
+            branch.controller = self._controller
+        return program
 
-    def expected_macs_ratio(self) -> float:
-        """Computed share of the branches' MACs that the gates' biases give on their own timestep grid."""
-        reused = torch.sigmoid(self.gates.bias.detach().cpu()) > self.gates.threshold.cpu()
-        return 1.0 - float((self._costs() * reused).sum())
+    def expected_macs_ratio(self, timesteps: Tensor | None = None) -> float:
+        """Computed share of the branches' MACs over one image, per-sample weights left out.
+
+        Args:
+            timesteps: of the calls, in their order; left out, the gates' own grid.
+        """
+        return 1.0 - float((self._costs() * self.gates.decisions(self._timesteps_or_grid(timesteps))).sum(dim=1).mean())
+
+    def _timesteps_or_grid(self, timesteps: Tensor | None) -> Tensor:
+        if timesteps is not None:
+            return timesteps
+        return self.gates.grid.flip(0) if float(self.gates.direction) > 0 else self.gates.grid
 
     def _costs(self) -> Tensor:
-        """Share of the MACs of a whole sampling run that each gate of the table decides on, [branches, grid]."""
-        macs = torch.tensor([float(branch.macs) for branch in self.branches])
-        return (macs / macs.sum()).unsqueeze(1).expand_as(self.gates.bias) / self.gates.bias.shape[1]
+        """Share of a call's branch MACs that each branch has, float64 [branches]."""
+        macs = torch.tensor([float(branch.macs) for branch in self.branches], dtype=torch.float64)
+        return macs / macs.sum()
 
-    def set_target(self, target: float) -> float:
-        """Move the threshold so that at most `target` of the branches' MACs are computed, without training.
+    def set_target(self, target: float, timesteps: Tensor | None = None) -> float:
+        """Move the gates so that at most `target` of the branches' MACs are computed, without training.
 
-        It counts the gates' biases on their own timestep grid, so it holds for a sampler with the steps of training; gates with
-        per-sample weights meet it on average only.
+        Training leaves schedules for a few budgets, and the order in which reuse pays: the nearest of the schedules is
+        filled up or thinned out in that order.
 
         Args:
             target: computed share of the branches' MACs, in (0, 1].
+            timesteps: of the calls of another sampler, in their order: the share is met there, by stretching or shrinking
+                the times that outputs are kept.
 
         Returns:
-            The share that the new threshold gives.
+            The share that the gates now give; per-sample weights are left out.
 
         Raises:
             LazyCompressError: the gates, or the guards they were trained under, allow no such share.
         """
         if not 0.0 < target <= 1.0:
             raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {target}")
-        scores, order = torch.sigmoid(self.gates.bias.detach().cpu()).flatten().sort(descending=True)
-        reused = self._costs().flatten()[order].cumsum(0)
-        possible = scores > NEVER_REUSED
-        enough = (reused >= 1.0 - target - 1e-6) & possible
-        if target == 1.0:
-            threshold, share = 1.0, 1.0
-        elif not bool(enough.any()):
-            least = 1.0 - float(reused[possible][-1]) if bool(possible.any()) else 1.0
-            raise LazyCompressError(f"target {target}: the gates and their guards allow {least:.2f} at least")
-        else:
-            last = int(enough.nonzero()[0])
-            below = float(scores[last + 1]) if last + 1 < len(scores) else 0.0
-            threshold, share = (float(scores[last]) + below) / 2, 1.0 - float(reused[last])
-        self.gates.threshold.fill_(threshold)
-        return share
+        gates = self.gates
+        if len(gates.frontier) == 0:
+            raise LazyCompressError("set_target: these gates were not trained, they know no order of reuse")
+        schedule = _near(gates, self._costs(), target)
+        gates.follow(schedule, gates.rank.isfinite().cpu())
+        if timesteps is not None:
+            self._stretch(target, timesteps)
+        return self.expected_macs_ratio(timesteps)
+
+    def _stretch(self, target: float, timesteps: Tensor) -> None:
+        """Scale how long outputs are kept, the least that meets the target on these timesteps."""
+        table = self.gates.bias.detach().clone()
+        free = table > FORBIDDEN / 2
+
+        def ratio(shift: float) -> float:
+            with torch.no_grad():
+                self.gates.bias.copy_(torch.where(free, table + shift, table))
+            return self.expected_macs_ratio(timesteps)
+
+        low, high = -SLOPE * 6.0, SLOPE * 6.0
+        if ratio(high) > target + 1e-9:
+            least = self.expected_macs_ratio(timesteps)
+            ratio(0.0)
+            raise LazyCompressError(f"target {target}: on these timesteps the gates allow {least:.2f} at least")
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if ratio(middle) <= target + 1e-9 else (middle, high)
+        ratio(high)
 
     @contextmanager
     def controlled(self, controller: Controller) -> Iterator[None]:
         """Within the block every branch is computed, and `controller` says what it gives; for training gates."""
-        modules = [b for programs in self._programs.values() for p in programs for b in lazy_branches(p.lowered)]
-        for module in modules:
-            module.controller = controller
+        self._control(controller)
         try:
             yield
         finally:
-            for module in modules:
-                module.controller = None
+            self._control(None)
+
+    def _control(self, controller: Controller | None) -> None:
+        self._controller = controller  # for captures that are made later, too
+        for programs in self._programs.values():
+            for program in programs:
+                for branch in lazy_branches(program.lowered):
+                    branch.controller = controller
 
     def summary(self) -> Summary:
         """What was found, and what has been reused since the last `reset()`."""
         return self.usage.summary(self.branches)
+
+
+def _near(gates: Gates, costs: Tensor, target: float) -> Tensor:
+    """A schedule, bool [branches, grid], with at most `target` of the MACs computed: from the nearest on the frontier.
+
+    Raises:
+        LazyCompressError: the guards allow no such share.
+    """
+    share = (costs / len(gates.grid)).unsqueeze(1)
+    known = gates.frontier.cpu()
+    ratios = [1.0 - float((share * schedule).sum()) for schedule in known]
+    schedule = known[min(range(len(ratios)), key=lambda k: abs(ratios[k] - target))].clone()
+    ratio = 1.0 - float((share * schedule).sum())
+    rank = gates.rank.cpu()
+    order = [divmod(int(k), rank.shape[1]) for k in rank.flatten().argsort()[: int(rank.isfinite().sum())]]
+    falling, longest = float(gates.direction) > 0, int(gates.longest)
+    for branch, step in order if ratio > target + 1e-9 else []:
+        if ratio <= target + 1e-9:
+            break
+        if not schedule[branch, step]:
+            schedule[branch, step] = True
+            if _longest_run(schedule[branch], falling) > longest:
+                schedule[branch, step] = False
+            else:
+                ratio -= float(share[branch])
+    if ratio > target + 1e-9:
+        raise LazyCompressError(f"target {target}: the gates and their guards allow {ratio:.2f} at least")
+    for branch, step in reversed(order):
+        if schedule[branch, step] and ratio + float(share[branch]) <= target + 1e-9:
+            schedule[branch, step] = False
+            ratio += float(share[branch])
+    return schedule
+
+
+def _longest_run(row: Tensor, falling: bool) -> int:
+    """The longest run of reuse in bool [grid]; the first call of an image computes whatever it says."""
+    longest = now = 0
+    for reuse in (row.flip(0) if falling else row).tolist():
+        now = now + 1 if reuse else 0
+        longest = max(longest, now)
+    return longest
 
 
 def wrap(

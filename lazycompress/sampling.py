@@ -68,12 +68,14 @@ def build_sampler(sampling: Sampling) -> Sampler:
     def sampler(model: Any) -> Tensor:
         scheduler = build_scheduler(sampling)
         inputs = build_inputs(model, sampling)
-        sample: Tensor = inputs.pop(sampling.latents_input) * scheduler.init_noise_sigma
+        sample: Tensor = inputs.pop(sampling.latents_input) * getattr(scheduler, "init_noise_sigma", 1.0)
         inputs.pop(sampling.timestep_input)
+        # Schedulers of flow matching neither scale the noise nor the model's input, and say nothing of either.
+        scale = getattr(scheduler, "scale_model_input", lambda value, timestep: value)
         for timestep in scheduler.timesteps.to(sample.device):
             output = model(
                 **{
-                    sampling.latents_input: scheduler.scale_model_input(sample, timestep),
+                    sampling.latents_input: scale(sample, timestep),
                     sampling.timestep_input: timestep.repeat(sampling.batch),
                 },
                 **inputs,
@@ -97,6 +99,10 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
+class NotCalledError(InputError):
+    """The sampler never called the model that it was given."""
+
+
 def first_call(model: nn.Module, sampler: Sampler) -> dict[str, Any]:
     """The arguments of the first forward call that `sampler` makes.
 
@@ -109,7 +115,7 @@ def first_call(model: nn.Module, sampler: Sampler) -> dict[str, Any]:
             sampler(probe)
         except _Called as called:
             return called.arguments
-    raise InputError("the sampler returned without calling the model it was given")
+    raise NotCalledError("the sampler returned without calling the model it was given")
 
 
 class _Called(BaseException):

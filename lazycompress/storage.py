@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +22,8 @@ from .gate import Gates
 from .graph.capture import Call, ExampleInputs, call_of, take_apart
 from .recipe import Recipe
 from .runtime import LazyModel
+
+_Lazy = TypeVar("_Lazy", bound=LazyModel)
 
 GATES_FILE = "gates.safetensors"
 DESCRIPTION_FILE = "gates.json"
@@ -91,13 +93,15 @@ def load(
     directory: str | Path,
     *,
     example_inputs: ExampleInputs | None = None,
-) -> LazyModel:
+    kind: type[_Lazy] = LazyModel,  # type: ignore[assignment]
+) -> _Lazy:
     """A lazy model from a dense one and the folder that `save` wrote.
 
     Args:
         model: the model that the gates were trained for; it is left as it is.
         directory: where the gates are.
         example_inputs: arguments of one call; left out, tensors like those at training are made up.
+        kind: the class to make.
 
     Raises:
         ExportError: the folder holds no gates.
@@ -113,12 +117,13 @@ def load(
     gates = Gates(
         [b["name"] for b in branches], [b["width"] for b in branches], tensors["grid"], description["direction"]
     )
+    gates.frontier = torch.zeros_like(tensors["frontier"])
     gates.load_state_dict(tensors)
     if example_inputs is not None:
         call = call_of(model, example_inputs)
     else:
         call = _made_up(model, description["example"])
-    lazy = LazyModel(model, call, gates, timestep_input=description["timestep_input"])
+    lazy = kind(model, call, gates, timestep_input=description["timestep_input"])
     lazy.recipe = Recipe.model_validate(description["recipe"]) if description["recipe"] else None
     return lazy
 

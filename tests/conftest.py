@@ -24,6 +24,7 @@ def digits() -> nn.Module:
 def make_lively_gates(branches: list[Branch]) -> Gates:
     """Gates whose scores depend on sample, step and branch, about half of them above the threshold."""
     gates = Gates([b.name for b in branches], [b.width for b in branches], torch.linspace(0, 980, 50))
+    gates.order.fill_(1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         gates.bias.copy_(torch.randn(gates.bias.shape, generator=generator) * 3)

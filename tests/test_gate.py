@@ -27,12 +27,31 @@ def test_hat_is_one_gate_per_step_at_the_grid_points(grid: torch.Tensor) -> None
     assert torch.equal(gate.hat(grid, grid), torch.eye(len(grid)))
 
 
+def score(streams: list[torch.Tensor], dims: list[int], hats: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+    """Of gates that do not look at the elapsed time."""
+    return gate.score(streams, dims, hats, weight, bias, torch.ones(len(hats)), torch.tensor(0.0))
+
+
+def valid(
+    now: torch.Tensor,
+    past: torch.Tensor,
+    prints: torch.Tensor,
+    past_prints: torch.Tensor,
+    direction: float = 1.0,
+    phase: float = 0.0,
+    began: float = 1e9,
+) -> list[bool]:
+    times = torch.full((len(past), 4), began)
+    found = gate.valid(now, past, prints, past_prints, times, torch.tensor(direction), torch.tensor(phase))
+    return found.tolist()
+
+
 def test_score_is_the_mean_over_tokens_so_resolution_does_not_matter() -> None:
     torch.manual_seed(0)
     stream, weight = torch.randn(2, 16, 8), torch.randn(1, 8)
     hats, bias = torch.ones(2, 1), torch.tensor([0.3])
-    small = gate.score([stream], [2], hats, weight, bias)
-    large = gate.score([stream.repeat_interleave(4, dim=1)], [2], hats, weight, bias)
+    small = score([stream], [2], hats, weight, bias)
+    large = score([stream.repeat_interleave(4, dim=1)], [2], hats, weight, bias)
     torch.testing.assert_close(small, large)
     torch.testing.assert_close(small, torch.sigmoid(stream.mean(1) @ weight[0] + 0.3))
 
@@ -40,15 +59,22 @@ def test_score_is_the_mean_over_tokens_so_resolution_does_not_matter() -> None:
 def test_score_of_feature_maps_and_folded_batches_equals_that_of_tokens() -> None:
     torch.manual_seed(0)
     tokens, weight, hats, bias = torch.randn(2, 12, 8), torch.randn(1, 8), torch.ones(2, 1), torch.zeros(1)
-    expected = gate.score([tokens], [2], hats, weight, bias)
+    expected = score([tokens], [2], hats, weight, bias)
     maps = tokens.transpose(1, 2).reshape(2, 8, 3, 4)
-    torch.testing.assert_close(gate.score([maps], [1], hats, weight, bias), expected)
-    torch.testing.assert_close(gate.score([tokens.reshape(6, 4, 8)], [2], hats, weight, bias), expected)
+    torch.testing.assert_close(score([maps], [1], hats, weight, bias), expected)
+    torch.testing.assert_close(score([tokens.reshape(6, 4, 8)], [2], hats, weight, bias), expected)
 
 
 def test_score_stays_float32_for_a_bfloat16_stream() -> None:
     stream = torch.randn(2, 4, 8).bfloat16()
-    assert gate.score([stream], [2], torch.ones(2, 1), torch.randn(1, 8), torch.zeros(1)).dtype is torch.float32
+    assert score([stream], [2], torch.ones(2, 1), torch.randn(1, 8), torch.zeros(1)).dtype is torch.float32
+
+
+def test_score_falls_with_the_logarithm_of_the_elapsed_time() -> None:
+    hats, weight, bias = torch.ones(3, 1), torch.zeros(1, 4), torch.tensor([1.5])
+    since = torch.tensor([0.1, 1.0, 20.0])
+    found = gate.score([torch.randn(3, 2, 4)], [2], hats, weight, bias, since, torch.tensor(2.0))
+    torch.testing.assert_close(found, torch.sigmoid(1.5 - 2 * since.log()))
 
 
 def test_valid_needs_the_timestep_strictly_past_the_last_one_and_the_same_conditions() -> None:
@@ -56,15 +82,72 @@ def test_valid_needs_the_timestep_strictly_past_the_last_one_and_the_same_condit
     now = torch.tensor([499.0, 500.0, 501.0, 499.0])
     changed = prints.clone()
     changed[3, 1] = 1.0
-    falling = gate.valid(now, past, changed, prints, torch.tensor(1.0))
-    assert falling.tolist() == [True, False, False, False]
-    rising = gate.valid(now, past, changed, prints, torch.tensor(-1.0))
-    assert rising.tolist() == [False, False, True, False]
+    assert valid(now, past, changed, prints) == [True, False, False, False]
+    assert valid(now, past, changed, prints, direction=-1.0) == [False, False, True, False]
+
+
+def test_a_second_call_at_one_timestep_goes_on_if_the_sampler_makes_such_calls_but_not_where_the_image_began() -> None:
+    now, prints = torch.tensor([500.0]), torch.zeros(1, 2)
+    assert valid(now, now, prints, prints, phase=0.0) == [False]
+    assert valid(now, now, prints, prints, phase=5.0) == [True]
+    assert valid(now, now, prints, prints, phase=5.0, began=500.0) == [False]
+    moved = gate.clock(now, now, torch.tensor([True]), torch.tensor(1.0), torch.tensor(5.0))
+    assert moved.tolist() == [495.0]
 
 
 def test_valid_is_false_for_a_state_of_another_batch_size() -> None:
-    now = gate.valid(torch.ones(3), torch.full((2,), 9.0), torch.zeros(3, 1), torch.zeros(2, 1), torch.tensor(1.0))
-    assert now.tolist() == [False, False, False]
+    assert valid(torch.ones(3), torch.full((2,), 9.0), torch.zeros(3, 1), torch.zeros(2, 1)) == [False] * 3
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.booleans(), min_size=2, max_size=2)), min_size=1, max_size=12))
+def test_elapsed_counts_from_the_last_computation_of_each_branch(calls: list[tuple[bool, list[bool]]]) -> None:
+    direction, past = torch.tensor(1.0), torch.full((1, 4), gate.NEVER)
+    expected: list[float] = []
+    for step, (goes_on, reuse) in enumerate(calls):
+        now = torch.tensor([1000.0 - 10 * step])
+        goes_on = goes_on and step > 0
+        lazy = torch.tensor(reuse).unsqueeze(1) & goes_on
+        if goes_on:
+            since = gate.elapsed(now, past, direction)[0]
+            torch.testing.assert_close(since, torch.tensor([t - float(now) for t in expected]))
+        past = gate.times(now, past, torch.tensor([goes_on]), lazy)
+        kept = [goes_on, False, *lazy[:, 0].tolist()]
+        expected = [old if keep else float(now) for old, keep in zip(expected or [0.0] * 4, kept, strict=True)]
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """A schedule [branches, calls], where it may reuse, times of the calls in their order, and the direction."""
+    steps = draw(st.integers(2, 20))
+    gaps = draw(st.lists(st.integers(1, 60), min_size=steps, max_size=steps))
+    times, direction = torch.tensor(gaps, dtype=torch.float32).cumsum(0), draw(st.sampled_from([1, -1]))
+    row = st.lists(st.booleans(), min_size=steps, max_size=steps)
+    schedule = torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
+    allowed = torch.tensor(draw(st.lists(row, min_size=len(schedule), max_size=len(schedule)))) | schedule
+    schedule[:, 0] = allowed[:, 0] = False
+    return schedule, allowed, times.flip(0) if direction > 0 else times, direction
+
+
+@given(schedules())
+def test_gates_that_follow_a_schedule_take_its_decisions(
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int],
+) -> None:
+    schedule, allowed, times, direction = made
+    gates = gate.Gates([str(k) for k in range(len(schedule))], [4] * len(schedule), times, direction)
+    flip = (lambda table: table.flip(1)) if direction > 0 else (lambda table: table)
+    gates.follow(flip(schedule), flip(allowed))
+    assert torch.equal(gates.decisions(times), schedule.T)
+
+
+def test_half_the_steps_reuse_about_half_as_often() -> None:
+    times = torch.arange(1000.0, 0, -10)
+    schedule = (torch.arange(100) % 4 != 0).unsqueeze(0)  # computes every 40
+    gates = gate.Gates(["a"], [4], times)
+    gates.follow(schedule.flip(1), torch.ones_like(schedule))
+    for steps in (25, 50, 200):
+        other = torch.linspace(1000, 1000 / steps, steps)
+        computed = int((~gates.decisions(other)).sum())
+        assert 20 <= computed <= 34, (steps, computed)
 
 
 @given(st.integers(1, 3), st.integers(0, 9), st.integers(0, 9))

@@ -135,20 +135,24 @@ def test_any_sequence_of_calls_equals_a_model_that_sees_only_its_own_image(
     lazy = _cached(digits)
     lazy.policy = "reuse"
     lazy.reset()
-    reference: list[tuple[int, int, int]] = []
+    images: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # what each image under way has seen
     for batch, timestep, seed, reset in sequence:
-        goes_on = bool(reference) and reference[-1][0] == batch and reference[-1][2] == seed
-        goes_on = goes_on and timestep < reference[-1][1] and not reset
-        reference = [*reference, (batch, timestep, seed)] if goes_on else [(batch, timestep, seed)]
         if reset:
             lazy.reset()
+            images = {}
+        past = images.get((batch, seed), [])
+        past = past if past and timestep < past[-1][1] else []
+        turn = {timestep, past[-1][1] if past else timestep}
+        # Guidance in two calls looks like this: another prompt at the same timestep. All else is over.
+        images = {key: calls for key, calls in images.items() if calls[-1][1] in turn}
+        images[batch, seed] = [*past, (batch, timestep, seed)]
         with torch.no_grad():
             found = lazy(**call(batch, timestep, seed)).sample
             alone = _alone(digits)
             alone.policy = "reuse"
             alone.reset()
-            for past in reference:
-                expected = alone(**call(*past)).sample
+            for seen in images[batch, seed]:
+                expected = alone(**call(*seen)).sample
         assert torch.equal(found, expected)
 
 

@@ -1,0 +1,204 @@
+"""Reuse along the line through the last two computations: what it gives, against hooks on the original's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lazycompress import gate
+from lazycompress.gate import Gates
+from lazycompress.graph.locate import Branch
+from lazycompress.integrations.digits.model import digits_sampler, draw_noise
+from lazycompress.runtime import LazyModel, wrap
+from lazycompress.train.schedule import Limits, Planner
+from lazycompress.train.trajectory import Effects, linearise, run
+
+STEPS = 12
+
+
+def random_schedule(seed: int, branches: int = 12, steps: int = STEPS) -> Tensor:
+    """Bool [steps, branches]: about two thirds reuse, the first step never."""
+    schedule = torch.rand(steps, branches, generator=torch.Generator().manual_seed(seed)) < 0.66
+    schedule[0] = False
+    return schedule
+
+
+def following(schedule: Tensor, order: int = 1) -> LazyModel:
+    """The digits model with gates that take a schedule's decisions."""
+
+    def gates_of(branches: list[Branch]) -> Gates:
+        times = torch.tensor([float(t) for t in digits_timesteps()])
+        gates = Gates([b.name for b in branches], [b.width for b in branches], times)
+        gates.order.fill_(order)
+        gates.follow(schedule.T.flip(1), torch.ones_like(schedule.T))
+        return gates
+
+    return wrap(_digits(), (), example(), gates_of)
+
+
+def digits_timesteps() -> list[int]:
+    from lazycompress.integrations.digits.model import build_scheduler
+
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(STEPS)
+    return [int(t) for t in scheduler.timesteps]
+
+
+def _digits() -> nn.Module:
+    from lazycompress.integrations.digits.model import load_bundled
+
+    return load_bundled()
+
+
+def example() -> dict[str, Tensor]:
+    return {
+        "hidden_states": draw_noise(2),
+        "timestep": torch.full((2,), 900),
+        "class_labels": torch.arange(2),
+    }
+
+
+def sample(model: nn.Module, batch: int = 3, seed: int = 0) -> Tensor:
+    with torch.no_grad():
+        return digits_sampler(draw_noise(batch, seed), torch.arange(batch), STEPS)(model)
+
+
+@contextmanager
+def hooked(model: nn.Module, schedule: Tensor, order: int) -> Iterator[None]:
+    """The schedule on the original's attention and feed-forward modules, with nothing of the package."""
+    modules = [part for block in model.transformer_blocks for part in (block.attn1, block.ff)]
+    times = digits_timesteps()
+    calls = [0] * len(modules)
+    history: list[list[tuple[int, Tensor]]] = [[] for _ in modules]
+
+    def hook_of(k: int):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+            step, kept = calls[k], history[k]
+            calls[k] += 1
+            if not bool(schedule[step, k]):
+                kept.append((times[step], output))
+                return None
+            (t1, last), before = kept[-1], kept[-2:-1]
+            if order == 0 or not before:
+                return last
+            (t0, first) = before[0]
+            return last + (last - first) * ((times[step] - t1) / (t1 - t0))
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_of(k)) for k, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_reuse_equals_hooks_on_the_original(order: int, seed: int) -> None:
+    schedule = random_schedule(seed)
+    lazy = following(schedule, order)
+    found = sample(lazy)
+    assert torch.equal(lazy.usage.heatmap()[1].bool(), schedule)
+    with hooked(lazy.model, schedule, order):
+        expected = sample(lazy.model)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert float((expected - sample(lazy.model)).abs().max()) > 1e-2
+
+
+def test_two_images_in_a_row_and_singles_equal_fresh_starts() -> None:
+    lazy = following(random_schedule(2))
+    together = sample(lazy, batch=4)
+    again = sample(lazy, batch=4)
+    assert torch.equal(together, again)
+    with torch.no_grad():
+        singles = [digits_sampler(draw_noise(4)[k : k + 1], torch.arange(4)[k : k + 1], STEPS)(lazy) for k in range(4)]
+    torch.testing.assert_close(together, torch.cat(singles), rtol=0, atol=2e-5)
+
+
+def test_the_controllers_run_equals_the_gates_run() -> None:
+    """What training judges is what will run."""
+    schedule = random_schedule(3)
+    lazy = following(schedule)
+    sampler = digits_sampler(draw_noise(3), torch.arange(3), STEPS)
+    torch.testing.assert_close(run(lazy, sampler, schedule), sample(lazy), rtol=0, atol=2e-5)
+
+
+@given(
+    st.lists(st.floats(0.5, 40), min_size=3, max_size=8),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 2**31 - 1),
+)
+def test_a_value_that_moves_along_a_line_is_met_exactly(gaps: list[float], batch: int, scale: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    start, speed = torch.randn(2, batch * scale, 4, dtype=torch.float64, generator=generator)
+    times = 1000 - torch.tensor(gaps, dtype=torch.float64).cumsum(0)
+    lazy_at = torch.rand(len(gaps), batch, generator=generator) < 0.5
+    lazy_at[:2] = False
+    cache, rate = torch.zeros(2, batch * scale, 4, dtype=torch.float64)
+    past = torch.full((batch, 3), gate.NEVER)
+    for step, now in enumerate(times.float()):
+        goes_on = torch.full((batch,), step > 0)
+        elapsed = gate.elapsed(now.expand(batch), past, torch.tensor(1.0))
+        pace = gate.pace(elapsed, goes_on, 0)
+        fresh, lazy = start + speed * float(now), lazy_at[step]
+        ahead = gate.forecast(cache, rate, pace, scale)
+        rate = gate.hold(fresh, cache, rate, lazy, pace, scale)
+        cache = gate.select(fresh, ahead, lazy)
+        past = gate.times(now.expand(batch), past, goes_on, lazy.unsqueeze(0))
+        torch.testing.assert_close(cache, fresh, rtol=1e-4, atol=1e-2)
+
+
+def planner_of(effects: Tensor, times: Tensor, order: int) -> Planner:
+    samples, probes, steps, branches, _ = effects.shape
+    made = Effects(
+        effects, torch.zeros(samples, probes), torch.zeros(samples), times.float(), times.double(),
+        torch.ones(steps).bool(), 0.0, torch.zeros(samples, 1),
+    )  # fmt: skip
+    return Planner(made, [1] * branches, Limits(np.ones((steps, branches), dtype=bool), 3), order)
+
+
+def test_the_planner_prices_a_line_through_the_last_two_computations() -> None:
+    """Outputs that move with the timestep: repeating them costs, going on along the line costs nothing."""
+    times = torch.tensor([100.0, 90, 70, 40, 30, 10])
+    effects = torch.zeros(2, 1, 6, 1, 8)
+    for t in range(6):
+        for age in range(t + 1):
+            effects[:, :, t, 0, age] = times[t - age] - times[t]
+    schedule = np.array([0, 0, 1, 0, 1, 1], dtype=bool)[:, None]
+    assert planner_of(effects, times, 1).predicted(schedule) == pytest.approx(0.0, abs=1e-9)
+    assert planner_of(effects, times, 0).predicted(schedule) == pytest.approx((20 + 10 + 30) ** 2)
+    # With a single computation before it there is no line yet.
+    early = np.array([0, 1, 0, 0, 0, 0], dtype=bool)[:, None]
+    assert planner_of(effects, times, 1).predicted(early) == pytest.approx(10.0**2)
+
+
+def test_effects_around_a_schedule_predict_what_one_more_forecast_does() -> None:
+    schedule = random_schedule(4) & (torch.arange(STEPS) % 3 == 0).unsqueeze(1)
+    lazy = following(schedule)
+    sampler = digits_sampler(draw_noise(8), torch.arange(8), STEPS)
+    effects = linearise(lazy, sampler, schedule, seed=0, probes=16, max_age=3)
+    before = run(lazy, sampler, schedule)
+    planner = Planner(effects, [1] * 12, Limits(np.ones((STEPS, 12), dtype=bool), 3), 1, scale=float("inf"))
+    dense = run(lazy, sampler, None)
+    predicted, measured = [], []
+    for step, branch in [(4, 0), (7, 3), (8, 6), (10, 9)]:
+        more = schedule.clone()
+        more[step, branch] = not more[step, branch]
+        image = run(lazy, sampler, more)
+        change = (image - before).square().flatten(1).mean(1)
+        column = planner._column(branch, more[:, branch].numpy()) - planner._column(branch, schedule[:, branch].numpy())
+        predicted.append(float((column**2).mean()))
+        measured.append(float(change.mean()))
+    ratio = np.array(predicted) / np.array(measured)
+    assert np.all((ratio > 0.4) & (ratio < 2.5)), (predicted, measured)
+    assert float((before - dense).square().mean()) > 0
