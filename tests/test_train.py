@@ -37,7 +37,14 @@ def made_up(steps: int = 10, branches: int = 3, seed: int = 0) -> Effects:
     effects = torch.randn(16, 2, steps, branches, 5, generator=generator)
     effects[..., 0] = 0.0
     return Effects(
-        effects, torch.zeros(16, 2), torch.zeros(16), torch.arange(steps, 0, -1.0), torch.ones(steps).bool(), 0.0
+        effects,
+        torch.zeros(16, 2),
+        torch.zeros(16),
+        torch.arange(steps, 0, -1.0),
+        torch.arange(steps, 0, -1.0).double(),
+        torch.ones(steps).bool(),
+        0.0,
+        torch.zeros(16, 1),
     )
 
 
@@ -116,7 +123,8 @@ def test_the_search_sees_that_two_effects_cancel() -> None:
 
 def test_asked_for_a_ratio_the_gates_give_it_on_fresh_noise(digits: nn.Module) -> None:
     for target in (0.7, 0.5):
-        lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, "target": target}, progress=False)
+        overrides = {**QUICK, "sampling.batch": 32, "target": target}
+        lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
         sampler = build_sampler(lazy.recipe.sampling)
         torch.manual_seed(99)
         with torch.no_grad():
@@ -210,10 +218,9 @@ def test_set_target_moves_the_budget_without_training(digits: nn.Module) -> None
         measured = lazy.summary().macs_ratio
         assert measured == pytest.approx(promised, abs=1e-5)
         assert target - 0.02 <= measured <= target + 1e-5
-        reused.append(lazy.usage.heatmap()[1] > 0)
-    # A lower target reuses all that a higher one does.
-    assert bool((reused[1] | ~reused[0]).all())
-    assert bool((reused[2] | ~reused[1]).all())
+        reused.append(float((lazy.usage.heatmap()[1] > 0).float().mean()))
+    assert reused == sorted(reused)
+    assert lazy.set_target(1.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -221,7 +228,7 @@ def test_set_target_moves_the_budget_without_training(digits: nn.Module) -> None
 )
 def test_a_target_out_of_reach_is_one_line(digits: nn.Module, target: float, expected: str) -> None:
     lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, "sampling.batch": 4}, progress=False)
-    before = float(lazy.gates.threshold)
+    before = lazy.gates.bias.detach().clone()
     with pytest.raises(LazyCompressError, match=expected):
         lazy.set_target(target)
-    assert float(lazy.gates.threshold) == before
+    assert torch.equal(lazy.gates.bias, before)

@@ -1,6 +1,7 @@
 """Trains the bundled models: ``python -m lazycompress.integrations.digits.train --out DIR``.
 
-First the classifier (seconds), then the DiT (about 20 minutes on two CPU cores). Kill it at any time and go on with
+First the classifier (seconds), then the DiT (about 20 minutes on two CPU cores), or, with ``--model flow``, the flow model
+alone (about 10 minutes). Kill it at any time and go on with
 ``--resume``: every step draws its batch from the seed and its own number, so a resumed run gives the weights of an
 uninterrupted one.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from .classifier import DigitClassifier, load_classifier, save_classifier, train_classifier
 from .data import Digits, all_digits, train_test_digits
+from .flow import FlowDiT, flow_loss, flow_sampler, load_flow, save_flow
 from .metrics import features, frechet_distance, label_accuracy
 from .model import (
     NULL_CLASS,
@@ -66,8 +69,29 @@ def epsilon_loss(model: nn.Module, scheduler: Any, batch: _Batch) -> torch.Tenso
     return F.mse_loss(model(hidden_states=noisy, timestep=timesteps, class_labels=labels).sample, noise)
 
 
-def train_dit(digits: Digits, steps: int, batch: int, seed: int, out: Path, resume: bool) -> nn.Module:
-    """Trains a new DiT, or goes on from the checkpoint in ``out``; writes the averaged weights there as it goes.
+@dataclass(frozen=True)
+class Task:
+    """What to train: how a model is built, what it minimises on a batch, how it is stored in a folder."""
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, _Batch], torch.Tensor]
+    save: Callable[[nn.Module, Path], None]
+
+
+def velocity_loss(model: nn.Module, batch: _Batch) -> torch.Tensor:
+    """Rectified flow, with the batch's timesteps moved to the middle of their bins as sigmas: a scalar."""
+    images, labels, timesteps, noise = batch
+    sigma = (timesteps + 0.5) / SCHEDULER_CONFIG["num_train_timesteps"]
+    return flow_loss(model, images, labels, noise, sigma)
+
+
+_scheduler = build_scheduler()
+DIT = Task(build_model, lambda model, batch: epsilon_loss(model, _scheduler, batch), save_model)
+FLOW = Task(FlowDiT, velocity_loss, lambda model, out: save_flow(model, out / "flow.safetensors"))
+
+
+def train(task: Task, digits: Digits, steps: int, batch: int, seed: int, out: Path, resume: bool) -> nn.Module:
+    """Trains a new model, or goes on from the checkpoint in ``out``; writes the averaged weights there as it goes.
 
     Returns:
         The averaged (EMA) model, float32.
@@ -79,14 +103,13 @@ def train_dit(digits: Digits, steps: int, batch: int, seed: int, out: Path, resu
     checkpoint = out / CHECKPOINT_FILE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, averaged = build_model(), build_model()
+        model, averaged = task.build(), task.build()
     averaged.load_state_dict(model.state_dict())
     averaged.requires_grad_(False)
     # diffusers gives every block a label embedding of its own, and in training mode each drops labels independently of
     # the others: hardly a sample would be unconditional as a whole. They are kept quiet, and draw_batch drops labels.
     model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
-    scheduler = build_scheduler()
     first = 0
     if resume and checkpoint.exists():
         state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
@@ -103,7 +126,7 @@ def train_dit(digits: Digits, steps: int, batch: int, seed: int, out: Path, resu
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        loss = epsilon_loss(model, scheduler, draw_batch(digits, batch, generator))
+        loss = task.loss(model, draw_batch(digits, batch, generator))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,7 +148,7 @@ def train_dit(digits: Digits, steps: int, batch: int, seed: int, out: Path, resu
             partial = checkpoint.with_suffix(".partial")  # being killed while writing must not cost the old checkpoint
             torch.save(state, partial)
             partial.replace(checkpoint)
-            save_model(averaged, out)
+            task.save(averaged, out)
     return averaged
 
 
@@ -162,9 +185,25 @@ def sample_quality(
     return label_accuracy(classifier, images, labels), frechet_distance(features(classifier, images), real)
 
 
+@torch.no_grad()
+def _report_flow(model: nn.Module) -> None:
+    """Quality of 2,000 conditional samples, judged by the bundled classifier."""
+    classifier, noise, labels = load_classifier(), draw_noise(2000), cycle_labels(2000)
+    real = features(classifier, all_digits().images)
+    for steps in (50, 25):
+        pairs = zip(torch.split(noise, 250), torch.split(labels, 250), strict=True)
+        images = torch.cat([flow_sampler(x, y, steps)(model) for x, y in pairs])
+        accuracy = label_accuracy(classifier, images, labels)
+        distance = frechet_distance(features(classifier, images), real)
+        print(
+            f"flow: 2000 samples, Euler {steps} steps: label accuracy {accuracy:.4f}, Frechet distance {distance:.3f}"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m lazycompress.integrations.digits.train", description=__doc__)
+    parser.add_argument("--model", choices=["dit", "flow"], default="dit", help="which one")
     parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
     parser.add_argument("--batch", type=int, default=128, help="images per step")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,20 +213,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
 
-    train, test = train_test_digits()
-    save_classifier(train_classifier(train, seed=options.seed), out)
+    digits, test = train_test_digits()
+    if options.model == "flow":
+        train(FLOW, digits, options.steps, options.batch, options.seed, out, options.resume)
+        _report_flow(load_flow(out / "flow.safetensors"))
+        return
+    save_classifier(train_classifier(digits, seed=options.seed), out)
     classifier = load_classifier(out)
     accuracy = label_accuracy(classifier, test.images, test.labels)
     print(f"classifier: accuracy on {len(test.labels)} held-out digits {accuracy:.4f}", flush=True)
 
-    train_dit(train, options.steps, options.batch, options.seed, out, options.resume)
+    train(DIT, digits, options.steps, options.batch, options.seed, out, options.resume)
     stored = load_model(out)  # judged as stored: after the round trip through float16
-    print(f"DiT: epsilon loss on the training digits {evaluation_loss(stored, train):.4f}")
+    print(f"DiT: epsilon loss on the training digits {evaluation_loss(stored, digits):.4f}")
     print(f"DiT: epsilon loss on the held-out digits {evaluation_loss(stored, test):.4f}")
     for steps in (50, 25):
         accuracy, distance = sample_quality(stored, classifier, steps=steps)
         print(f"DiT: 2000 samples, DDIM {steps} steps: label accuracy {accuracy:.4f}, Frechet distance {distance:.3f}")
-    floor = frechet_distance(features(classifier, train.images), features(classifier, test.images))
+    floor = frechet_distance(features(classifier, digits.images), features(classifier, test.images))
     print(f"for comparison: Frechet distance between the training and the held-out digits {floor:.3f}")
 
 

@@ -39,11 +39,14 @@ class Planner:
         effects: from `linearise`, joined over batches.
         macs: of each branch, any unit.
         limits: where reuse is allowed.
+        order: 1 where reuse goes on along the line through the last two computations, 0 where it repeats the last one.
         scale: errors well above this count logarithmically; None takes four times the median error of the offset, or
             counts all errors as they are where the offset is zero (around the dense trajectory).
     """
 
-    def __init__(self, effects: Effects, macs: list[int], limits: Limits, scale: float | None = None) -> None:
+    def __init__(
+        self, effects: Effects, macs: list[int], limits: Limits, order: int = 0, scale: float | None = None
+    ) -> None:
         samples, probes, steps, branches, ages = effects.effects.shape
         self.samples, self.probes = samples, probes
         table = effects.effects.permute(2, 3, 4, 0, 1).reshape(steps, branches, ages, samples * probes)
@@ -51,6 +54,8 @@ class Planner:
         self.offset: Floats = effects.offset.reshape(-1).double().numpy()
         self.cost: Floats = np.asarray(macs, dtype=np.float64) / (sum(macs) * steps)
         self.limits = limits
+        self.order = order
+        self.times: Floats = effects.times.numpy()
         self.shape = (steps, branches)
         typical = float(np.median(effects.offset.square().mean(dim=1).numpy()))
         self.scale = scale if scale is not None else (4 * typical if typical > 0 else np.inf)
@@ -142,7 +147,25 @@ class Planner:
 
     def _column(self, branch: int, decisions: Bools) -> Floats:
         ages = run_lengths(decisions)
-        column: Floats = self.table[np.arange(self.shape[0]), branch, ages].sum(axis=0)
+        steps = np.flatnonzero(ages) if self.order else np.arange(self.shape[0])
+        column: Floats
+        if not self.order:
+            column = self.table[steps, branch, ages].sum(axis=0)
+            return column
+        last = steps - ages[steps]
+        # The computation before the last one; where there is none, the line is flat.
+        index = np.arange(self.shape[0])
+        computed = np.maximum.accumulate(np.where(ages == 0, index, -1))
+        first = np.where(last > 0, computed[np.maximum(last - 1, 0)], last)
+        gap = last - first
+        q = np.where(
+            gap > 0,
+            (self.times[steps] - self.times[last]) / np.where(gap > 0, self.times[last] - self.times[first], 1),
+            0,
+        )
+        of_last, of_first = self.table[steps, branch, ages[steps]], self.table[steps, branch, ages[steps] + gap]
+        column = self.table[ages == 0, branch, 0].sum(axis=0)
+        column += (1 + q) @ of_last - q @ of_first
         return column
 
     def _flips(self, branch: int, decisions: Bools, column: Floats, to: bool) -> tuple[list[int], Floats]:
@@ -171,6 +194,26 @@ class Planner:
         # Per MAC: a cheap branch must not win the shortlist by its size alone.
         best = np.argsort((errors - float(self.error(total))) / costs)[:shortlist]
         return [found[k] for k in best]
+
+
+def whole_steps(planner: Planner, target: float, first: int, power: float) -> Bools | None:
+    """A schedule that reuses all branches at the same steps, with at most `target` of the MACs computed.
+
+    The first `first` steps are computed, and others that are spread evenly over (position / steps) ** (1 / power): a power
+    below 1 has them denser towards the end. None if the limits allow no such schedule.
+    """
+    steps, branches = planner.shape
+    for count in range(min(steps, int(target * steps + 1e-9)), first, -1):
+        spread = (np.arange(count - first) / (count - first)) ** power
+        schedule = np.ones((steps, branches), dtype=bool)
+        schedule[:first] = False
+        schedule[first + np.floor(spread * (steps - first) + 1e-6).astype(int)] = False
+        schedule &= planner.limits.allowed
+        if any(run_lengths(schedule[:, b]).max() > planner.limits.max_reuse for b in range(branches)):
+            return None
+        if planner.macs_ratio(schedule) <= target + 1e-9:
+            return schedule
+    return None
 
 
 def run_lengths(decisions: Bools) -> npt.NDArray[np.int64]:

@@ -3,15 +3,17 @@
 1. Around the dense trajectory, the effects of every decision are measured and a schedule is filled up to the target.
 2. Around that schedule, the effects are measured again, with reuse as it really happens, and decisions are exchanged.
    A round is kept only if the true error on held-out noise fell.
-3. The schedule becomes the gates' bias table on the sampler's own timesteps: positive where a branch reuses. How far from
-   zero says how early it would be given up or taken, so that `set_target` can move the threshold afterwards.
+3. The schedule becomes the gates' table: for how long an output keeps, per branch, on the sampler's own timesteps. The
+   order in which decisions were taken is kept with it, so that `set_target` can move along the frontier afterwards.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,16 +25,21 @@ from ..gate import Gates
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler
-from .schedule import Bools, Limits, Planner
+from .schedule import Bools, Limits, Planner, whole_steps
 from .trajectory import Effects, linearise, run
 
-PROBES = 4
-ROUNDS = 4
-RUNS = 4
+_log = logging.getLogger(__name__)
+
+PROBES = 1
+ROUNDS = 2
+RUNS = 8
 SWAPS = 8
 
-#: Bias of a decision that must not be taken: sigmoid(-20) is below any threshold.
-_NEVER = -20.0
+#: Budgets that a training of full effort leaves a schedule for, besides its own target.
+FRONTIER = (0.85, 0.7, 0.5, 0.35, 0.25)
+
+#: Whole-step schedules that are tried: how many steps are computed first, and how the others are spread, see `whole_steps`.
+WHOLE = ((1, 0.65), (1, 0.8), (2, 0.8), (1, 1.0))
 
 
 @dataclass
@@ -46,6 +53,7 @@ class TrainReport:
         forwards: model calls spent, a backward pass counted as two.
         seconds: wall time.
         history: error after each round.
+        runs: sampling runs made, with or without gradients; 0 if training is not made of such.
     """
 
     target: float
@@ -56,6 +64,7 @@ class TrainReport:
     forwards: float
     seconds: float
     history: list[float] = field(default_factory=list)
+    runs: int = 0
 
     def __str__(self) -> str:
         return (
@@ -82,35 +91,46 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     excluded = excluded_branches(lazy, recipe.guards.exclude)
     rounds = max(1, round(ROUNDS * recipe.train.effort))
     runs = max(1, round(RUNS * min(1.0, recipe.train.effort)))
+    others = FRONTIER if recipe.train.effort >= 1.0 else ()
     seeds = iter(range(recipe.train.seed * 1_000_003 + 1, 2**62))
     generator_state = torch.get_rng_state()
-    bar = tqdm(total=(rounds + 1) * runs + rounds + 2, desc="learning gates", unit="run", disable=not progress)
+    bar = tqdm(
+        total=(rounds + 1) * runs + rounds + 2 + len(others), desc="learning gates", unit="run", disable=not progress
+    )
     forwards = 0.0
     try:
+        images: dict[int, Tensor] = {}
+        noise = [next(seeds) for _ in range(runs)]
 
         def measure(schedule: Tensor | None) -> Effects:
             parts = []
-            for _ in range(runs):
-                seed = next(seeds)
+            for seed in noise:
                 parts.append(
-                    linearise(lazy, sampler, schedule, seed=seed, probes=PROBES, max_age=recipe.guards.max_reuse)
-                )
+                    linearise(
+                        lazy, sampler, schedule, seed=seed, probes=PROBES, max_age=recipe.guards.max_reuse,
+                        dense=images.get(seed),
+                    )
+                )  # fmt: skip
+                if schedule is None:
+                    images[seed] = parts[-1].final
                 bar.update()
             return Effects.join(parts)
 
+        lazy.gates.order.fill_(int(recipe.forecast))
+        tell_calls_apart(lazy, sampler)
         effects = measure(None)
         forwards += effects.forwards
         limits = _limits(effects, recipe, excluded, len(lazy.branches))
         macs = [branch.macs for branch in lazy.branches]
-        planner = Planner(effects, macs, limits)
-        schedule, _ = planner.fill(recipe.target)
-        if planner.macs_ratio(schedule) > recipe.target + 0.02:
+        order = int(lazy.gates.order)
+        planner = Planner(effects, macs, limits, order)
+        fullest, preferred = planner.fill(0.0)
+        least = planner.macs_ratio(fullest)
+        if least > recipe.target + 0.02:
             raise RecipeError(
-                f"target {recipe.target}: the guards leave at most {1 - planner.macs_ratio(schedule):.0%} of the branch MACs "
-                f"to reuse over {effects.effects.shape[2]} steps; loosen guards (max_reuse, warmup_steps, last_steps, exclude)"
+                f"target {recipe.target}: the guards leave at most {1 - least:.0%} of the branch MACs to reuse over "
+                f"{effects.effects.shape[2]} steps; loosen guards (max_reuse, warmup_steps, last_steps, exclude)"
             )
-        schedule = planner.swap(recipe.target, schedule, rounds=100)
-
         held_out = [next(seeds) for _ in range(2)]
         dense = [_seeded(lazy, sampler, None, seed) for seed in held_out]
         bar.update()
@@ -118,19 +138,34 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
         def true_error(candidate: Bools) -> Tensor:
             images = [_seeded(lazy, sampler, torch.from_numpy(candidate), seed) for seed in held_out]
             pairs = zip(images, dense, strict=True)
-            bar.update()
             return torch.cat([(a - b).square().reshape(a.shape[0], -1).mean(dim=1) for a, b in pairs])
 
-        errors = true_error(schedule)
+        def start(target: float) -> tuple[Bools, Tensor]:
+            """The best of the schedules to start from: decisions one by one, and whole steps.
+
+            First-order effects around the dense trajectory do not see that branches which are reused together do not react
+            to each other; where that matters, whole steps are better.
+            """
+            found = [planner.swap(target, planner.fill(target)[0], rounds=100)]
+            found += [s for s in (whole_steps(planner, target, *how) for how in WHOLE) if s is not None]
+            errors = [true_error(candidate) for candidate in found]
+            bar.update()
+            best = min(range(len(found)), key=lambda k: _robust(errors[k], errors[0]))
+            _log.debug("target %s: mean errors one by one, whole steps %s", target, [f"{e.mean():.1e}" for e in errors])
+            return found[best], errors[best]
+
+        schedule, errors = start(recipe.target)
+        frontier = [start(t)[0] for t in others if t > least and abs(t - recipe.target) > 0.02]
         history = [float(errors.mean())]
         steps = len(effects.timesteps)
-        forwards += steps * len(held_out) * 2
+        forwards += steps * len(held_out) * (1 + (1 + len(frontier)) * (1 + len(WHOLE)))
         for _ in range(rounds):
             around = measure(torch.from_numpy(schedule))
             forwards += around.forwards + steps * len(held_out)
-            local = Planner(around, macs, limits)
+            local = Planner(around, macs, limits, order)
             candidate = local.swap(recipe.target, schedule, rounds=SWAPS)
             candidate_errors = true_error(candidate)
+            bar.update()
             if _robust(candidate_errors, errors) < _robust(errors, errors):
                 schedule, errors = candidate, candidate_errors
             history.append(float(errors.mean()))
@@ -138,13 +173,14 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     finally:
         bar.close()
         torch.set_rng_state(generator_state)
-    inner = Planner(effects, macs, Limits(schedule, recipe.guards.max_reuse))
-    _, taken = inner.fill(planner.macs_ratio(schedule))
-    _, further = planner.fill(0.0, schedule)
-    lazy.set_gates(_gates_of(lazy, effects, schedule, taken, further, limits))
+    taken = set(preferred)
+    rest = [(int(t), int(b)) for t, b in np.argwhere(limits.allowed) if (int(t), int(b)) not in taken]
+    gates = _gates_of(lazy, effects.times, [schedule, *frontier], [*preferred, *rest])
+    gates.longest.fill_(recipe.guards.max_reuse)
+    lazy.set_gates(gates)
     return TrainReport(
         recipe.target, planner.macs_ratio(schedule), float(errors.mean()), float(errors.median()),
-        float(errors.quantile(0.99)), forwards, time.perf_counter() - started, history,
+        float(errors.quantile(0.99)), forwards, time.perf_counter() - started, history, (rounds + 1) * runs,
     )  # fmt: skip
 
 
@@ -187,37 +223,43 @@ def _robust(errors: Tensor, reference: Tensor) -> float:
     return float(torch.log1p(errors / scale).mean())
 
 
-def _gates_of(
-    lazy: LazyModel,
-    effects: Effects,
-    schedule: Bools,
-    taken: list[tuple[int, int]],
-    further: list[tuple[int, int]],
-    limits: Limits,
-) -> Gates:
-    """Gates for a schedule: `taken` are its decisions from the safest on, `further` the others from the safest on."""
-    times = effects.timesteps
-    if bool((times[1:] > times[:-1]).all()) and len(times) > 1:
-        direction = -1
-    elif bool((times[1:] <= times[:-1]).all()):
-        direction = 1
-    else:
+def tell_calls_apart(lazy: LazyModel, sampler: Sampler) -> None:
+    """Set the gates' phase if the sampler calls the model twice at a timestep, as second-order ones do."""
+    tape: list[float] = []
+    hook = lazy.register_forward_hook(lambda module, *_: tape.append(module.timestep) if module.context == 0 else None)
+    torch.manual_seed(0)
+    try:
+        _ = run(lazy, sampler, None)
+    finally:
+        hook.remove()
+    gaps = [abs(a - b) for a, b in pairwise(tape) if a != b]
+    lazy.gates.direction.fill_(-1.0 if len(tape) > 1 and tape[-1] > tape[0] else 1.0)
+    lazy.reset()
+    lazy.gates.phase.fill_(min(gaps) / 2 if gaps and len(gaps) < len(tape) - 1 else 0.0)
+
+
+def _gates_of(lazy: LazyModel, times: Tensor, schedules: list[Bools], order: list[tuple[int, int]]) -> Gates:
+    """Gates that follow the first of some schedules [calls, branches] and know the others.
+
+    `order` is all that may be reused (call, branch), the safest first.
+    """
+    rises = bool(times[-1] > times[0])
+    phase = float(lazy.gates.phase)
+    steps = times[1:] - times[:-1]
+    if not bool((steps > 0).all() if rises else (steps < 0).all()):
         raise InputError(
             f"the sampler's timesteps neither rise nor fall: {[round(t, 3) for t in times.tolist()[:6]]}, ..."
         )
-    steps, branches = schedule.shape
-    bias = np.where(limits.allowed, -4.5, _NEVER)
-    for k, (t, b) in enumerate(taken):
-        bias[t, b] = 4.0 - 3.0 * k / len(taken)
-    for k, (t, b) in enumerate(further):
-        bias[t, b] = -1.0 - 3.0 * k / len(further)
-    grid, position = np.unique(times.double().numpy(), return_inverse=True)
-    table = np.full((len(grid), branches), _NEVER)
-    for t in range(
-        steps
-    ):  # calls that share a timestep (second-order samplers) share a gate: reuse if any of them does
-        table[position[t]] = np.maximum(table[position[t]], bias[t])
-    gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], torch.from_numpy(grid), direction)
-    with torch.no_grad():
-        gates.bias.copy_(torch.from_numpy(table.T).to(gates.bias))
+    names, widths = [b.name for b in lazy.branches], [b.width for b in lazy.branches]
+    gates = Gates(names, widths, times, -1 if rises else 1)
+    gates.phase.fill_(phase)
+    gates.order.copy_(lazy.gates.order.cpu())
+    gates.static.fill_(1)
+    for k, (t, b) in enumerate(order):
+        gates.rank[b, t] = k
+    tables = torch.stack([torch.from_numpy(schedule.T.copy()) for schedule in schedules])
+    if not rises:
+        tables, gates.rank = tables.flip(2), gates.rank.flip(1)
+    gates.frontier = tables
+    gates.follow(tables[0], gates.rank.isfinite())
     return gates.to(lazy.device)

@@ -6,7 +6,9 @@ for all steps and branches at once. Had branch b reused at step t what it comput
 
     u[t, b, t - s] = < g[t, b], F[s, b] - y[t, b] >
 
-to first order, with F the freshly computed outputs. For a set of decisions the effects add up, signs included, and the
+to first order, with F the freshly computed outputs. Reuse along the line through the computations at s and r gives
+(1 + q) F[s] - q F[r] with q = (t - s) / (s - r) in time, so its effect is (1 + q) u[t, b, t - s] - q u[t, b, t - r]: the same
+table prices it. For a set of decisions the effects add up, signs included, and the
 mean over probes of the square of that sum is the mean squared error of the image (a Gauss-Newton model, with Hutchinson's
 estimate of the trace). So one run and a few backward passes price every decision and every pair of decisions, where trying
 them one by one would take steps x branches runs.
@@ -14,7 +16,7 @@ them one by one would take steps x branches runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,20 +32,24 @@ class Effects:
     """First-order effects of decisions on the final image, around one schedule.
 
     Attributes:
-        effects: [samples, probes, steps, branches, max_age + 1]; age 0 is the freshly computed output.
+        effects: [samples, probes, steps, branches, ages]; age 0 is the freshly computed output.
         offset: [samples, probes], the projected error of the schedule itself.
         error: [samples], its true mean squared error to the dense image.
         timesteps: of the steps, float32 [steps].
+        times: the same, but strictly monotonous: a second call at one timestep counts as later, float64 [steps].
         may_reuse: steps at which a cache is valid, bool [steps].
         forwards: model calls that this took, a backward pass counted as two.
+        final: the final latents, [samples, ...].
     """
 
     effects: Tensor
     offset: Tensor
     error: Tensor
     timesteps: Tensor
+    times: Tensor
     may_reuse: Tensor
     forwards: float
+    final: Tensor
 
     @staticmethod
     def join(parts: Sequence[Effects]) -> Effects:
@@ -60,72 +66,130 @@ class Effects:
             torch.cat([p.offset for p in parts]),
             torch.cat([p.error for p in parts]),
             parts[0].timesteps,
+            parts[0].times,
             parts[0].may_reuse,
             sum(p.forwards for p in parts),
+            torch.cat([p.final for p in parts]),
         )
 
 
 class _Tape:
-    """Controller that follows a schedule and records what every branch computed and what was used of it."""
+    """Controller that follows a schedule and records what every branch computed and what was used of it.
 
-    def __init__(self, branches: int, schedule: Tensor | None, record: bool) -> None:
-        self.branches = branches
+    A step is one call of each state that takes turns (guidance in two calls): they share the schedule, not the caches.
+    """
+
+    def __init__(self, lazy: LazyModel, schedule: Tensor | None, record: bool) -> None:
+        self.lazy = lazy
         self.schedule = schedule
         self.record = record
-        self.fresh: list[list[list[Tensor]]] = []
-        self.used: list[list[list[Tensor]]] = []
+        self.order = int(lazy.gates.order)
+        self.phase = float(lazy.gates.direction) * float(lazy.gates.phase)
+        #: Per step and state: branch -> outputs.
+        self.fresh: list[dict[int, dict[int, list[Tensor]]]] = []
+        self.used: list[dict[int, dict[int, list[Tensor]]]] = []
         self.may_reuse: list[bool] = []
-        self._kept: list[list[Tensor] | None] = [None] * branches
+        self.timesteps: list[float] = []
+        #: The same, with a second call at one timestep later than the first.
+        self.times: list[float] = []
+        self.batch = 1
+        self._call = -1
+        self._context = 0
+        #: The last computed outputs, newest last, with their steps: two where reuse goes on along a line.
+        self._kept: dict[tuple[int, int], list[tuple[int, list[Tensor]]]] = {}
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)
 
     def __call__(
         self, branch: int, score: Tensor, valid: Tensor, fresh: list[Tensor], caches: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
-        if branch == 0:
-            self.may_reuse.append(bool(valid.all()))
-            self.fresh.append([])
-            self.used.append([])
-        step = len(self.may_reuse) - 1
-        reuse = self.schedule is not None and self.may_reuse[step] and bool(self.schedule[step, branch])
-        kept = self._kept[branch]
-        if not reuse or kept is None:
-            if self.record:
-                # Before the first step nothing depends on a gradient: the output becomes the tape's leaf.
-                fresh_nodes = [f if f.requires_grad else f.detach().requires_grad_() for f in fresh]
-            else:
-                fresh_nodes = list(fresh)
-            kept = self._kept[branch] = fresh_nodes
-        outputs = [value.view_as(value) for value in kept]
+        may_reuse = bool(valid.all())
+        if self._call != self.lazy.usage.calls:
+            self._begin(may_reuse, valid.shape[0])
+        step, key = self.steps - 1, (self._context, branch)
+        reuse = self.schedule is not None and may_reuse and key in self._kept and bool(self.schedule[step, branch])
+        if not reuse:
+            # Before the first step nothing depends on a gradient: the output becomes the tape's leaf.
+            leaves = [f if f.requires_grad or not self.record else f.detach().requires_grad_() for f in fresh]
+            before = self._kept[key][-1:] if may_reuse and key in self._kept else []
+            self._kept[key] = [*before, (step, leaves)]
+        outputs = self._outputs(self._kept[key], step)
         if self.record:
-            self.fresh[step].append([f.detach() for f in fresh])
-            self.used[step].append(outputs)
+            self.fresh[step][self._context][branch] = [f.detach() for f in fresh]
+            self.used[step][self._context][branch] = outputs
         return outputs, torch.full_like(valid, reuse)
+
+    def _outputs(self, kept: list[tuple[int, list[Tensor]]], step: int) -> list[Tensor]:
+        last, values = kept[-1]
+        if step == last or len(kept) < 2 or not self.order:
+            return [value.view_as(value) for value in values]
+        (first, older), _ = kept
+        q = (self.times[step] - self.times[last]) / (self.times[last] - self.times[first])
+        return [value + q * (value - old) for value, old in zip(values, older, strict=True)]
+
+    def _begin(self, may_reuse: bool, batch: int) -> None:
+        self._call, self._context, self.batch = self.lazy.usage.calls, self.lazy.context, batch
+        if not self.used or self._context in self.used[-1]:
+            self.fresh.append({})
+            self.used.append({})
+            self.may_reuse.append(True)
+            again = bool(self.timesteps) and self.timesteps[-1] == self.lazy.timestep
+            self.timesteps.append(self.lazy.timestep)
+            self.times.append(self.lazy.timestep - self.phase * again)
+        self.fresh[-1][self._context] = {}
+        self.used[-1][self._context] = {}
+        self.may_reuse[-1] &= may_reuse
+
+    def per_image(self, values: Tensor, images: int) -> Tensor:
+        """Sums per image, [images, ...], of values per sample of a call, [batch, ...].
+
+        Guidance in one batch repeats all images: the whole set without the prompt, then the whole set with it.
+        """
+        if self.batch % images:
+            return (values.sum(dim=0) / images).expand(images, *values.shape[1:]).cpu()
+        return values.reshape(-1, images, *values.shape[1:]).sum(dim=0).cpu()
 
 
 def run(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None) -> Tensor:
     """Final latents of one sampling run that follows a schedule, bool [steps, branches]; dense if it is None."""
     lazy.reset()
-    with torch.no_grad(), lazy.controlled(_Tape(len(lazy.branches), schedule, record=False)):
+    with torch.no_grad(), lazy.controlled(_Tape(lazy, schedule, record=False)):
         return sampler(lazy).detach()
 
 
 def linearise(
-    lazy: LazyModel, sampler: Sampler, schedule: Tensor | None, *, seed: int, probes: int, max_age: int
+    lazy: LazyModel,
+    sampler: Sampler,
+    schedule: Tensor | None,
+    *,
+    seed: int,
+    probes: int,
+    max_age: int,
+    dense: Tensor | None = None,
 ) -> Effects:
     """Effects around a schedule, bool [steps, branches] (None: dense), of one sampling run with the noise of `seed`.
+
+    Args:
+        lazy: the model; every branch is computed whatever its gate says.
+        sampler: one denoising loop, with gradients.
+        schedule: what is reused.
+        seed: of torch's global generator.
+        probes: random projections of the final latents, each a backward pass.
+        max_age: of reuse, in steps.
+        dense: final latents of the dense model for this seed; left out, sampled now where a schedule needs them.
 
     Raises:
         InputError: no gradient of the final image reaches the model: the sampler runs under `torch.no_grad`, or
             computes the image outside of torch.
     """
     branches = len(lazy.branches)
-    dense: Tensor | None = None
-    forwards = 0.0
-    if schedule is not None:
+    sampled = schedule is not None and dense is None
+    if sampled:
         torch.manual_seed(seed)
         dense = run(lazy, sampler, None)
-    tape = _Tape(branches, schedule, record=True)
-    times: list[float] = []
-    hook = lazy.register_forward_hook(lambda *_: times.append(float(lazy.past_timestep.max())))
+    tape = _Tape(lazy, schedule, record=True)
     frozen = [p for p in lazy.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -135,44 +199,78 @@ def linearise(
         with torch.enable_grad(), lazy.controlled(tape):
             image = sampler(lazy)
     finally:
-        hook.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
-    steps = len(times)
+    steps = tape.steps
     if not isinstance(image, Tensor) or not image.requires_grad:
         raise InputError(
             "no gradient reaches the model through the sampler: it must return the final latents as a tensor, and must "
             "not run under torch.no_grad or torch.inference_mode"
         )
-    nodes = [value for of_step in tape.used for of_branch in of_step for value in of_branch]
+    used_at = [
+        (t, context, b, s, used)
+        for t, of_step in enumerate(tape.used)
+        for context, of_context in of_step.items()
+        for b, of_branch in of_context.items()
+        for s, used in enumerate(of_branch)
+    ]
+    nodes = [used for *_, used in used_at]
+    streams = list(dict.fromkeys((context, b, s) for _, context, b, s, _ in used_at))
     samples = image.shape[0]
     flat = image.reshape(samples, -1)
     difference = torch.zeros_like(flat) if dense is None else (flat - dense.reshape(samples, -1)).detach()
     generator = torch.Generator().manual_seed(seed)
-    effects = torch.zeros(samples, probes, steps, branches, max_age + 1)
+    ages = max_age + 1 + (max_age + 1) * tape.order
+    effects = torch.zeros(samples, probes, steps, branches, ages)
     offset = torch.zeros(samples, probes)
     for k in range(probes):
         signs = torch.randint(0, 2, flat.shape, generator=generator).to(flat) * 2 - 1
         probe = signs / flat.shape[1] ** 0.5
         offset[:, k] = (difference * probe).sum(dim=1)
-        gradients = iter(
-            torch.autograd.grad((flat * probe).sum(), nodes, retain_graph=k < probes - 1, allow_unused=True)
-        )
-        for t in range(steps):
-            for b in range(branches):
-                for s, used in enumerate(tape.used[t][b]):
-                    gradient = next(gradients)
-                    if gradient is None:
-                        continue
-                    for age in range(min(max_age, t) + 1):
-                        change = (tape.fresh[t - age][b][s] - used.detach()).float() * gradient.float()
-                        effects[:, k, t, b, age] += change.reshape(samples, -1).sum(dim=1)
-    forwards += steps * (1 + 2 * probes) + (steps if dense is not None else 0)
+        gradients = torch.autograd.grad((flat * probe).sum(), nodes, retain_graph=k < probes - 1, allow_unused=True)
+        found = {at[:4]: gradient for at, gradient in zip(used_at, gradients, strict=True)}
+        for context, b, s in streams:
+            effects[:, k, :, b] += _effects_of(tape, found, (context, b, s), samples, ages)
+    forwards = steps * (1.0 + 2 * probes + sampled)
     return Effects(
         effects,
         offset,
         difference.square().mean(dim=1),
-        torch.tensor(times),
+        torch.tensor(tape.timesteps),
+        torch.tensor(tape.times, dtype=torch.float64),
         torch.tensor(tape.may_reuse),
         forwards,
+        image.detach(),
     )
+
+
+def _effects_of(
+    tape: _Tape,
+    gradients: Mapping[tuple[int, int, int, int], Tensor | None],
+    stream: tuple[int, int, int],
+    images: int,
+    ages: int,
+) -> Tensor:
+    """Effects of one stream of one branch, of a state: [images, steps, ages]."""
+    context, b, s = stream
+    at = [t for t in range(tape.steps) if b in tape.used[t].get(context, {})]
+    used, fresh = ([tape_of[t][context][b][s] for t in at] for tape_of in (tape.used, tape.fresh))
+
+    def rows(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([v.detach().float().reshape(tape.batch, -1) for v in values], dim=1)
+
+    g = rows(
+        [torch.zeros_like(u) if (d := gradients[(t, *stream)]) is None else d for t, u in zip(at, used, strict=True)]
+    )
+    y, f = rows(used), rows(fresh)
+    own = (g * y).sum(dim=2)
+    found = torch.zeros(tape.batch, tape.steps, ages, device=g.device)
+    # Of the products of all steps with all steps only those near the diagonal are needed: block by block.
+    for start in range(0, len(at), ages):
+        first = max(0, start - ages + 1)
+        products = g[:, start : start + ages] @ f[:, first : start + ages].transpose(1, 2)
+        for i, t in enumerate(at[start : start + ages]):
+            for j, then in enumerate(at[first : start + i + 1]):
+                if t - then < ages:
+                    found[:, t, t - then] = products[:, i, j] - own[:, start + i]
+    return tape.per_image(found, images)
