@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ExportError, InputError
 
 CARD_FILE = "lazycompress.json"
 
@@ -23,8 +25,30 @@ def read_card(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / CARD_FILE
     if not path.is_file():
         raise ExportError(f"{directory} is no export of lazycompress: {CARD_FILE} is missing")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}") from None
     return card
+
+
+def tensors_of(inputs: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """The named inputs as tensors; numpy arrays are taken too.
+
+    Raises:
+        InputError: one is missing.
+    """
+    found = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in inputs.items() if k in names}
+    missing = [name for name in names if not isinstance(found.get(name), Tensor)]
+    if missing:
+        raise InputError(f"the exported model needs the tensors {', '.join(names)}; missing: {', '.join(missing)}")
+    return found
+
+
+def fresh_state(entry: dict[str, Any], batch: int) -> np.ndarray[Any, Any]:
+    """One entry of the card's "state" before the first step of an image, for a batch of that size."""
+    shape = [batch * entry["scale"] if size == -1 else size for size in entry["shape"]]
+    return np.full(shape, entry["fill"], dtype=entry["dtype"])
 
 
 @dataclass(frozen=True)

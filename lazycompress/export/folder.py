@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .. import __version__
 from ..errors import ExportError
 from ..runtime import LazyModel
 from ..storage import whole_folder
 from .card import CARD_FILE
-from .trace import TracedModel, trace
+from .check import compare, record, save_record, start, verify
+from .trace import Granularity, TracedModel, Weights, trace
+
+#: Largest difference to torch that an export may have, as a share of the largest output.
+_TOLERANCES: dict[Weights, float] = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1}
+
+#: With 8-bit activations: a value that lies between two levels is rounded differently by different arithmetic.
+_COMPOSED = 5e-2
 
 
 def export(
@@ -23,6 +33,9 @@ def export(
     telemetry: bool | None = None,
     stateful: bool = True,
     overwrite: bool = False,
+    weights: Weights = "f32",
+    decide: Granularity = "sample",
+    check: bool = True,
 ) -> Path:
     """Write a lazy model as a file that skips by itself.
 
@@ -33,6 +46,10 @@ def export(
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
         stateful: OpenVINO only: caches as state; else as inputs `past_*` and outputs `present_*`.
         overwrite: replace a folder that an export wrote before.
+        weights: "f32", "f16" or "bf16": how float32 weights are stored; they compute as the runtime's precision says.
+        decide: "sample" (each sample of a batch decides for itself), or "batch" (a branch runs for all if any needs it).
+        check: run the file on recorded calls and write how it compares with torch; `verify` needs the record. Loads the
+            written model once.
 
     Returns:
         The folder.
@@ -52,23 +69,77 @@ def export(
             raise ExportError(f"{target} is not empty and no export of lazycompress; choose another folder")
         if not overwrite:
             raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
+    for name, value, known in (("weights", weights, Weights), ("decide", decide, Granularity)):
+        if value not in get_args(known):
+            raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     with whole_folder(target) as folder:
-        traced = trace(lazy, one_batch=format == "onnx" or not stateful)
-        details: dict[str, Any] = {}
-        if format == "openvino":
-            from . import openvino as to_openvino
-
-            to_openvino.write(to_openvino.convert(traced, stateful=stateful, telemetry=telemetry), folder)
-        else:
-            from . import onnx as to_onnx
-
-            model = to_onnx.convert(traced, telemetry=telemetry)
-            to_onnx.write(model, folder)
-            details = to_onnx.versions(model)
-        card = describe(lazy, traced, format, telemetry=telemetry, stateful=stateful and format == "openvino")
-        card |= details
-        (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide)
+        write_card(card, folder)
+        if check:
+            found = record(lazy, decide)
+            save_record(found, folder)
+            exact = weights == "f32" and not lazy.stages
+            tolerance = max(_TOLERANCES[weights], _COMPOSED if lazy.stages else 0.0)
+            report = compare(target, found, start(folder), tolerance, allowed=0 if exact else sys.maxsize)
+            if not report.ok:
+                raise ExportError(f"the written file does not give what torch gives: {report}")
+            card["parity"] = {
+                "difference": report.difference,
+                "largest": report.largest,
+                "tolerance": tolerance,
+                "flipped": report.flipped,
+            }
+        card["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CARD_FILE}
+        write_card(card, folder)
+        for path in [*folder.iterdir(), folder]:
+            _flush(path)
     return target
+
+
+def write_card(card: dict[str, Any], folder: Path) -> None:
+    """Write `lazycompress.json`."""
+    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(
+    lazy: LazyModel,
+    folder: Path,
+    format: str,
+    telemetry: bool,
+    stateful: bool,
+    weights: Weights,
+    decide: Granularity,
+) -> dict[str, Any]:
+    """Write the model's files; returns the card. What was traced is freed on return."""
+    # ONNX Runtime computes in 8 bits inside of `If` only what it quantizes itself: it gets the model before that.
+    dynamic = format == "onnx" and "quantize" in lazy.stages
+    with lazy.before_quantization() if dynamic else nullcontext():
+        traced = trace(lazy, one_batch=not stateful, decide=decide)
+    details: dict[str, Any] = {"weights": weights, "decide": decide, "stages": lazy.stages}
+    if format == "openvino":
+        from . import openvino as to_openvino
+
+        to_openvino.write(to_openvino.convert(traced, stateful=stateful, telemetry=telemetry, weights=weights), folder)
+    else:
+        from . import onnx as to_onnx
+
+        model = to_onnx.convert(traced, telemetry=telemetry, weights=weights)
+        path = to_onnx.write(model, folder)
+        if dynamic:
+            from .onnx_int8 import quantize
+
+            quantize(path)
+        details |= to_onnx.versions(model)
+    return describe(lazy, traced, format, telemetry=telemetry, stateful=stateful) | details
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on the disk before the folder gets its name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def describe(lazy: LazyModel, traced: TracedModel, format: str, *, telemetry: bool, stateful: bool) -> dict[str, Any]:
@@ -109,3 +180,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+__all__ = ["describe", "export", "verify", "write_card"]

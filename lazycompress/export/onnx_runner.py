@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from torch.utils import dlpack
 
-from ..errors import ExportError, InputError, MissingExtraError
+from ..errors import ExportError, MissingExtraError
 from ..report import Summary, Usage
-from .card import FileBranch, Output, read_card
+from .card import FileBranch, Output, fresh_state, read_card, tensors_of
 from .onnx import MODEL_FILE
 from .trace import DECISIONS
 
@@ -24,8 +23,8 @@ except ImportError as _error:  # pragma: no cover - exercised by the packaging t
 class OnnxRunner:
     """An ONNX Runtime session with the state of one image (or one batch of images).
 
-    Called with the original's keyword arguments (tensors), it returns an object with the original's outputs as attributes and
-    by position. Caches stay in ONNX Runtime's own memory: each call's outputs are bound as the next call's inputs.
+    Called with the original's keyword arguments (tensors or arrays), it returns an object with the original's outputs as
+    attributes and by position. Caches stay in ONNX Runtime's own memory: each call's outputs are bound as the next call's inputs.
     With telemetry in the file, `summary()` tells what was reused.
 
     Args:
@@ -41,6 +40,9 @@ class OnnxRunner:
         if not path.is_file():
             raise ExportError(f"{directory} holds no {MODEL_FILE}; lazycompress.export(..., format='onnx') writes it")
         card = read_card(directory)
+        if session is None:
+            session = ort.SessionOptions()
+            session.log_severity_level = 3  # it warns of every constant that it folds
         self.session = ort.InferenceSession(str(path), session, providers=["CPUExecutionProvider"])
         self._state = card["state"]
         past = {entry["name"] for entry in self._state}
@@ -55,11 +57,7 @@ class OnnxRunner:
         self.usage = Usage([branch.macs for branch in self._branches])
 
     def __call__(self, **inputs: Any) -> Any:
-        missing = [name for name in self._inputs if not isinstance(inputs.get(name), Tensor)]
-        if missing:
-            raise InputError(
-                f"the exported model needs the tensors {', '.join(self._inputs)}; missing: {', '.join(missing)}"
-            )
+        inputs = tensors_of(inputs, self._inputs)
         batch = inputs[self._latents].shape[0]
         if batch != self._batch:
             self._past, self._batch = self._fresh(batch), batch
@@ -82,6 +80,12 @@ class OnnxRunner:
             self.usage.add(inputs[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
         return Output(found)
 
+    def twin(self) -> OnnxRunner:
+        """Another state of the same session, with the same statistics: for calls that take turns."""
+        other = copy.copy(self)
+        other._past, other._batch = {}, -1
+        return other
+
     def reset(self) -> None:
         """Forget the image that was sampled last, and the statistics."""
         self._batch = -1
@@ -92,9 +96,4 @@ class OnnxRunner:
         return self.usage.summary(self._branches)
 
     def _fresh(self, batch: int) -> dict[str, Any]:
-        values = {}
-        for entry in self._state:
-            shape = [batch * entry["scale"] if size == -1 else size for size in entry["shape"]]
-            array = np.full(shape, entry["fill"], dtype=entry["dtype"])
-            values[entry["name"]] = ort.OrtValue.ortvalue_from_numpy(array)
-        return values
+        return {e["name"]: ort.OrtValue.ortvalue_from_numpy(fresh_state(e, batch)) for e in self._state}

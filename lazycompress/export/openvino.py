@@ -2,6 +2,8 @@
 
 1. The traced program is converted; inputs and outputs get exactly one name each, sizes that conversion lost are put back.
 2. Each past input becomes a `ReadValue` that starts as "no image yet", each present output an `Assign` to it.
+3. Weights may be stored in half the size; a conversion restores them when the file is loaded. Gates keep float32.
+4. Gates and clock compute in float32 whatever the precision hint, see `exact`.
 
 A new image (timestep not past the last one, other conditioning, other batch size, or `reset_state()`) computes every branch
 by itself: the clock is part of the graph.
@@ -9,42 +11,58 @@ by itself: the clock is part of the graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.decomp_utils import CustomDecompTable
 
 from ..errors import ExportError, MissingExtraError
 from ..graph.insert import StateSpec
-from .trace import DECISIONS, TracedModel
+from ..graph.ops import FOUR_BITS
+from .exact import keep_exact
+from .portable import slice_scatter
+from .trace import DECISIONS, TracedModel, Weights, is_weight
 
 try:
     import openvino as ov
     from openvino import opset13 as ops
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("openvino", "openvino", "export to OpenVINO") from _error
 
 MODEL_FILE = "openvino_model.xml"
 
+#: The states that are not caches, as variables and as outputs.
+_CLOCK = {"past_timestep", "past_prints", "past_times", "present_timestep", "present_prints", "present_times"}
 
-def convert(traced: TracedModel, stateful: bool = True, telemetry: bool = False) -> ov.Model:
+
+def convert(traced: TracedModel, stateful: bool = True, telemetry: bool = False, weights: Weights = "f32") -> ov.Model:
     """Convert a traced lazy model.
 
     Args:
         traced: the program and its names.
         stateful: caches as state; else as inputs `past_*` and outputs `present_*`.
         telemetry: keep the output `lazy_decisions`, float32 [branches, batch], 1 where a branch was reused.
+        weights: how float32 weights are stored.
 
     Raises:
         ExportError: the converter does not take the program.
     """
     try:
-        model = ov.convert_model(traced.program)
+        model = ov.convert_model(TorchFXPythonDecoder(_decomposed(traced.program), dynamic_shapes=True))
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"OpenVINO does not convert the lowered graph: {' '.join(lines)[-300:]}") from error
     _name(model, traced)
+    if weights != "f32":
+        _store_as(model, weights)
+    _store_4_bits(model)
     if not telemetry:
         model.remove_result(_result(model, DECISIONS))
     if stateful:
@@ -53,11 +71,105 @@ def convert(traced: TracedModel, stateful: bool = True, telemetry: bool = False)
     return model
 
 
+def with_ports_of(model: ov.Model, dense: ov.Model) -> ov.Model:
+    """The same model with exactly the input and output names, orders and element types of `dense`.
+
+    Callers of the dense file can then use the lazy one without noticing. A further output (telemetry) stays last.
+
+    Raises:
+        ExportError: the two do not have the same inputs, or ranks differ.
+    """
+    ours = {p.get_friendly_name(): p for p in model.get_parameters()}
+    wanted = [port.get_any_name() for port in dense.inputs]
+    if sorted(ours) != sorted(wanted):
+        raise ExportError(f"the lazy model takes {', '.join(sorted(ours))}; the dense file {', '.join(sorted(wanted))}")
+    for port in dense.inputs:
+        parameter, given = ours[port.get_any_name()], port.get_element_type()
+        if parameter.partial_shape.rank != port.partial_shape.rank:
+            raise ExportError(f"input {port.get_any_name()}: rank {parameter.partial_shape.rank} instead of "
+                              f"{port.partial_shape.rank}")  # fmt: skip
+        if parameter.get_element_type() != given:
+            inner = parameter.get_element_type()
+            targets = parameter.output(0).get_target_inputs()
+            parameter.set_element_type(given)
+            parameter.revalidate_and_infer_types()
+            converted = ops.convert(parameter, inner.to_string())
+            for target in targets:
+                target.replace_source_output(converted.output(0))
+    named = ov.Model(model.get_results(), model.get_sinks(), [ours[name] for name in wanted], model.get_friendly_name())
+    for port, theirs in zip(named.outputs, dense.outputs, strict=False):
+        port.get_tensor().set_names({theirs.get_any_name()})
+        port.get_node().set_friendly_name(theirs.get_any_name())
+    return named
+
+
 def write(model: ov.Model, directory: Path) -> Path:
     """Save the model's two files into `directory` and return the path of the XML."""
     path = directory / MODEL_FILE
-    ov.save_model(model, path, compress_to_fp16=False)
+    try:
+        ov.save_model(model, path, compress_to_fp16=False)
+        keep_exact(path, _CLOCK)
+    except (RuntimeError, OSError) as error:
+        raise ExportError(f"OpenVINO does not save the model: {' '.join(str(error).split())[-300:]}") from error
     return path
+
+
+def _store_as(model: ov.Model, weights: Weights) -> None:
+    """Rule 3."""
+    kind = {"f16": ov.Type.f16, "bf16": ov.Type.bf16}[weights]
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[weights]
+    for node in _constants(model, ov.Type.f32):
+        name = node.get_friendly_name()
+        if not is_weight(name, int(np.prod(node.get_output_shape(0)))):
+            continue
+        readers = list(node.output(0).get_target_inputs())
+        narrow = torch.from_numpy(node.get_data().copy()).to(dtype)
+        stored = ov.Tensor(kind, ov.Shape(list(narrow.shape)))
+        stored.data.view(np.uint16)[...] = narrow.view(torch.uint16).numpy()
+        constant = ov.op.Constant(stored)
+        constant.set_friendly_name(f"{name}.{weights}")
+        restored = ops.convert(constant, "f32")
+        restored.set_friendly_name(name)
+        for reader in readers:
+            reader.replace_source_output(restored.output(0))
+
+
+def _store_4_bits(model: ov.Model) -> None:
+    """Constants of the graph that hold 4-bit integers, one in each byte: two in each byte of the file."""
+    for wide, narrow in ((ov.Type.i8, ov.Type.i4), (ov.Type.u8, ov.Type.u4)):
+        for node in _constants(model, wide):
+            if not any(FOUR_BITS in name for name in (node.get_friendly_name(), *node.output(0).get_names())):
+                continue
+            values = node.get_data().astype(np.uint8).reshape(-1) & 15
+            values = np.concatenate([values, np.zeros(len(values) % 2, np.uint8)])
+            packed = values[0::2] | (values[1::2] << 4)
+            stored = ov.Tensor(narrow, ov.Shape(list(node.get_output_shape(0))))
+            stored.data.view(np.uint8).reshape(-1)[...] = packed
+            constant = ov.op.Constant(stored)
+            constant.set_friendly_name(node.get_friendly_name())
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(constant.output(0))
+
+
+def _constants(model: ov.Model, kind: ov.Type) -> Iterator[Any]:
+    """All constants of an element type, in bodies of `If` too."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type() == kind:
+            yield node
+        elif node.get_type_name() == "If":
+            for body in (0, 1):
+                yield from _constants(node.get_function(body), kind)
+
+
+def _decomposed(program: ExportedProgram) -> fx.GraphModule:
+    """The program in operations that OpenVINO has and can save."""
+    table: Any = CustomDecompTable()  # type: ignore[no-untyped-call]
+    for operation in ops_to_not_decompose():
+        if operation in table:
+            table.pop(operation)
+    table[torch.ops.aten.slice_scatter.default] = slice_scatter
+    module: fx.GraphModule = program.run_decompositions(table).module()
+    return module
 
 
 def _name(model: ov.Model, traced: TracedModel) -> None:
@@ -68,6 +180,9 @@ def _name(model: ov.Model, traced: TracedModel) -> None:
         for alias in port.get_names():
             if alias.startswith(prefix) and alias[len(prefix) :].isdigit():
                 by_position[int(alias[len(prefix) :])] = port
+    for node in model.get_ordered_ops():  # names of inner values turn up as aliases of an input once nodes are fused
+        for output in node.outputs():
+            output.get_tensor().set_names(set())
     shapes = {}
     for position, name in enumerate(traced.inputs):
         port = by_position.get(position)

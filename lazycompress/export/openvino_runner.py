@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..errors import ExportError, InputError, MissingExtraError
+from ..errors import ExportError, MissingExtraError
 from ..report import Summary, Usage
-from .card import FileBranch, Output, read_card
+from .card import FileBranch, Output, fresh_state, read_card, tensors_of
 from .openvino import MODEL_FILE
 from .trace import DECISIONS
 
@@ -23,7 +23,7 @@ except ImportError as _error:  # pragma: no cover - exercised by the packaging t
 class OpenVINORunner:
     """One infer request of an exported model, with its own state.
 
-    Called with the original's keyword arguments (tensors), it returns an object with the original's outputs as
+    Called with the original's keyword arguments (tensors or arrays), it returns an object with the original's outputs as
     attributes; the first one is also at index 0. With telemetry in the file, `summary()` tells what was reused.
 
     Args:
@@ -44,27 +44,44 @@ class OpenVINORunner:
         self.request = self.compiled.create_infer_request()
         card = read_card(directory)
         self._timestep: str = card["timestep"]
-        self._inputs = [port.get_any_name() for port in self.compiled.inputs]
-        self._outputs = [port.get_any_name() for port in self.compiled.outputs]
+        #: Caches that the file leaves to its caller; none where they are state.
+        self._state: list[dict[str, Any]] = [] if card["stateful"] else card["state"]
+        known = {name for port in self.compiled.inputs for name in port.get_names()}
+        self._state = [entry for entry in self._state if entry["name"] in known]
+        self._past: dict[str, Any] = {}
+        self._batch = -1
+        self._latents: str = card["latents"]
+        self._inputs = [name for name in card["inputs"] if name in known]
+        found = {name for port in self.compiled.outputs for name in port.get_names()}
+        self._outputs = [name for name in [*card["outputs"], DECISIONS] if name in found]
         self._branches = [FileBranch(**branch) for branch in card["branches"]]
         self.usage = Usage([branch.macs for branch in self._branches])
 
     def __call__(self, **inputs: Any) -> Any:
-        missing = [name for name in self._inputs if not isinstance(inputs.get(name), Tensor)]
-        if missing:
-            raise InputError(
-                f"the exported model needs the tensors {', '.join(self._inputs)}; missing: {', '.join(missing)}"
-            )
-        results = self.request.infer({name: inputs[name].detach().contiguous().numpy() for name in self._inputs})
+        inputs = tensors_of(inputs, self._inputs)
+        feed: dict[str, Any] = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs}
+        batch = inputs[self._latents].shape[0]
+        if batch != self._batch:
+            self._past, self._batch = {e["name"]: fresh_state(e, batch) for e in self._state}, batch
+        results = self.request.infer(feed | self._past)
+        self._past = {name: results[name.replace("past", "present", 1)].copy() for name in self._past}
         found = {name: torch.from_numpy(results[name].copy()) for name in self._outputs}
         decisions = found.pop(DECISIONS, None)
         if decisions is not None:
             self.usage.add(inputs[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
         return Output(found)
 
+    def twin(self) -> OpenVINORunner:
+        """Another state of the same compiled model, with the same statistics: for calls that take turns."""
+        other = copy.copy(self)
+        other.request = self.compiled.create_infer_request()
+        other._past, other._batch = {}, -1
+        return other
+
     def reset(self) -> None:
         """Forget the image that was sampled last, and the statistics."""
         self.request.reset_state()
+        self._batch = -1
         self.usage.clear()
 
     def summary(self) -> Summary:

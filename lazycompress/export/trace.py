@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
 from ..graph.insert import LazyGraph, StateSpec
+from ..graph.lower import lazy_branches
 from ..runtime import LazyModel
+from .portable import make_portable
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,15 @@ class TracedModel:
         return [spec.name.replace("past", "present", 1) for spec in self.state]
 
 
+Granularity = Literal["sample", "batch"]
+Weights = Literal["f32", "f16", "bf16"]
+
 DECISIONS = "lazy_decisions"
+
+
+def is_weight(name: str, size: int) -> bool:
+    """Whether a float32 constant may be stored with fewer bits: large, and no part of a gate."""
+    return size >= 1024 and "lazy_gates" not in name
 
 
 class _Exportable(nn.Module):
@@ -61,13 +73,27 @@ class _Exportable(nn.Module):
         return (*results[:-1], results[-1].to(torch.float32))
 
 
-def trace(lazy: LazyModel, one_batch: bool = False) -> TracedModel:
+@contextmanager
+def granularity(lowered: LazyGraph, value: Granularity) -> Iterator[None]:
+    """Within the block a lowered graph decides for each sample, or once for the whole batch."""
+    branches = lazy_branches(lowered)
+    for branch in branches:
+        branch.whole_batch = value == "batch"
+    try:
+        yield
+    finally:
+        for branch in branches:
+            branch.whole_batch = False
+
+
+def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sample") -> TracedModel:
     """Trace a lazy model for the call it was captured with, for any batch size.
 
     Args:
         lazy: the model.
         one_batch: the past state always has the batch size of the inputs (a caller manages it); else it may have another
             one, of which nothing is kept (the file manages it).
+        decide: for each sample, or once for the whole batch: a branch then runs for everyone if any sample needs it.
 
     Raises:
         ExportError: `torch.export` does not take the lowered graph.
@@ -81,10 +107,11 @@ def trace(lazy: LazyModel, one_batch: bool = False) -> TracedModel:
     ]
     batch = examples[call.latents].shape[0]
     past = [spec.fresh(batch if one_batch else batch + 1, call.tensors[0].device) for spec in lowered.state]
-    dynamic = [{0: Dim.AUTO} if leaf.batched else None for leaf in call.leaves] + [{0: Dim.AUTO} for _ in past]
+    dynamic = [None if leaf.batch_dim is None else {leaf.batch_dim: Dim.AUTO} for leaf in call.leaves]
+    dynamic += [{0: Dim.AUTO} for _ in past]
     exportable = _Exportable(lowered, float(lazy.gates.threshold), one_batch)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), granularity(lowered, decide), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 exportable, (*examples, *past), dynamic_shapes=(tuple(dynamic),), strict=False
@@ -92,8 +119,9 @@ def trace(lazy: LazyModel, one_batch: bool = False) -> TracedModel:
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.export does not take the lowered graph: {first[:300]}") from error
+    make_portable(exported)
     shapes = [
-        [-1 if leaf.batched and d == 0 else size for d, size in enumerate(t.shape)]
+        [-1 if d == leaf.batch_dim else size for d, size in enumerate(t.shape)]
         for t, leaf in zip(examples, call.leaves, strict=True)
     ] + [list(spec.shape) for spec in lowered.state]
     names = [leaf.name for leaf in call.leaves]

@@ -96,14 +96,19 @@ def main() -> None:
                 report(format, batch, steps)
 
 
-def report(format: str, batch: int, steps: dict[str, Step]) -> None:
+def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
+    """Seconds of one step each, the smallest of several: all in turn."""
     times: dict[str, list[float]] = {label: [] for label in steps}
     for timestep in range(900, 900 - REPEATS - 2, -1):
         for label, step in steps.items():
             before = time.perf_counter()
             step(batch, timestep)
             times[label].append(time.perf_counter() - before)
-    best = {label: float(np.min(values[2:])) for label, values in times.items()}
+    return {label: float(np.min(values[2:])) for label, values in times.items()}
+
+
+def report(format: str, batch: int, steps: dict[str, Step]) -> None:
+    best = measure(steps, batch)
     for label, seconds in best.items():
         print(
             f"{format:9} batch {batch}: {label:15} {seconds * 1e3:8.1f} ms  {seconds / best['dense']:.3f} of dense",

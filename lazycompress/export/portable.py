@@ -1,0 +1,108 @@
+"""Rewrites a traced program so that converters take it; what it computes stays the same.
+
+Each rule holds in the program's own graph and in the bodies of its branches:
+
+1. Memory without values (`empty`) is filled with zeros: models write over all of it, converters have no such operation.
+2. A squeeze of a size that is not 1 does nothing in torch, is an error in ONNX, and becomes an alias.
+3. An operand of a body that stands in a list (as in `cat`) passes through a copy: OpenVINO reads another value there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+_aten = torch.ops.aten
+
+_FILLED = {
+    _aten.empty.memory_format: _aten.zeros.default,
+    _aten.empty_like.default: _aten.zeros_like.default,
+    _aten.new_empty.default: _aten.new_zeros.default,
+}
+
+
+def make_portable(program: ExportedProgram) -> int:
+    """Apply the rules in place; returns how many nodes were changed."""
+    bodies = [m for name, m in program.graph_module.named_modules() if name and isinstance(m, fx.GraphModule)]
+    changed = 0
+    for module in [program.graph_module, *bodies]:
+        here = _fill(module) + _alias(module)
+        if module is not program.graph_module:
+            here += _copy_in_lists(module)
+        if here:
+            module.graph.lint()
+            module.recompile()
+        changed += here
+    return changed
+
+
+def slice_scatter(
+    value: Tensor, part: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    """`value[..., start:end:step, ...] = part` without an assignment, as a decomposition of the ATen operation.
+
+    Covers what models write (every k-th channel of all, or a stretch of known length); leaves anything else as it is.
+    """
+    size = value.shape[dim]
+    first = 0 if start is None else start
+    last = size if end is None else end
+    if not all(isinstance(number, int) for number in (size, first, last)):
+        return NotImplemented
+    first = max(first + size if first < 0 else first, 0)
+    last = min(last + size if last < 0 else last, size)
+    dim %= value.dim()
+    if step == 1:
+        return torch.cat([value.narrow(dim, 0, first), part, value.narrow(dim, last, size - last)], dim)
+    if size % step or first >= step or last <= size - step + first:
+        return NotImplemented
+    groups = value.reshape(*value.shape[:dim], size // step, step, *value.shape[dim + 1 :])
+    kept = [groups.select(dim + 1, k) for k in range(step)]
+    kept[first] = part
+    return torch.stack(kept, dim + 1).flatten(dim, dim + 1)
+
+
+def _fill(module: fx.GraphModule) -> int:
+    """Rule 1."""
+    found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in _FILLED]
+    for node in found:
+        node.target = _FILLED[node.target]
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+    return len(found)
+
+
+def _alias(module: fx.GraphModule) -> int:
+    """Rule 2."""
+    changed = 0
+    for node in module.graph.nodes:
+        if node.target is not _aten.squeeze.dim:
+            continue
+        size = node.args[0].meta["val"].shape[node.args[1]]
+        if isinstance(size, int) and size != 1:
+            node.target, node.args = _aten.alias.default, (node.args[0],)
+            changed += 1
+    return changed
+
+
+def _copy_in_lists(module: fx.GraphModule) -> int:
+    """Rule 3."""
+    changed = 0
+    for operand in module.graph.find_nodes(op="placeholder"):
+        readers = [node for node in operand.users if node.op == "call_function" and _in_a_list(node, operand)]
+        readers = [node for node in readers if not isinstance(node.target, torch._ops.HigherOrderOperator)]
+        if not readers:
+            continue
+        with module.graph.inserting_after(list(module.graph.find_nodes(op="placeholder"))[-1]):
+            copy = module.graph.call_function(_aten.clone.default, (operand,))
+        copy.meta = dict(operand.meta)
+        for node in readers:
+            node.replace_input_with(operand, copy)
+        changed += 1
+    return changed
+
+
+def _in_a_list(node: fx.Node, operand: fx.Node) -> bool:
+    arguments: list[Any] = [*node.args, *node.kwargs.values()]
+    return any(isinstance(argument, (list, tuple)) and operand in argument for argument in arguments)

@@ -1,0 +1,314 @@
+"""State of exported files: any sequence of calls gives what torch gives, in f32 and in bf16, alone and in parallel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+import openvino as ov
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lazycompress
+from lazycompress.export.onnx_runner import OnnxRunner
+from lazycompress.export.openvino_runner import OpenVINORunner
+from lazycompress.export.trace import Granularity
+from lazycompress.runtime import LazyModel
+
+from .export_models import Reference, small_inputs, small_lazy
+
+TIMES = list(range(980, -1, -20))
+
+#: What may happen next: kind, and numbers to choose with.
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["next", "next", "next", "repeat", "image", "prompt", "batch", "reset", "request"]),
+        st.integers(0, 7),
+    ),
+    min_size=3,
+    max_size=14,
+)
+
+
+class File(Protocol):
+    """One state of a file that runs."""
+
+    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The sample, and the decisions [branches, batch]."""
+
+    def reset(self) -> None: ...
+
+    def twin(self) -> File:
+        """Another state of the same file."""
+
+
+class PlainOpenVINO:
+    """The plain OpenVINO API: one infer request."""
+
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self.compiled = compiled
+        self.request = compiled.create_infer_request()
+
+    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        results = self.request.infer({name: value.numpy() for name, value in inputs.items()})
+        return torch.tensor(results["sample"]), torch.tensor(results["lazy_decisions"])
+
+    def reset(self) -> None:
+        self.request.reset_state()
+
+    def twin(self) -> File:
+        return PlainOpenVINO(self.compiled)
+
+
+class Runner:
+    """A runner of ours; its statistics tell how many samples of a branch reused."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+
+    def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        self.runner.usage.clear()
+        sample = self.runner(**inputs).sample
+        return sample.clone(), sum(self.runner.usage.reused.values())
+
+    def reset(self) -> None:
+        self.runner.reset()
+
+    def twin(self) -> File:
+        return Runner(self.runner.twin())
+
+
+@pytest.fixture(scope="module")
+def lazy() -> LazyModel:
+    """Decisions by branch, step and sample; lines through the last two computations."""
+    return small_lazy()
+
+
+@pytest.fixture(scope="module")
+def steady() -> LazyModel:
+    """Gates as training makes them: static, each score far from the threshold."""
+    lazy = small_lazy(spread=0.0)
+    with torch.no_grad():
+        lazy.gates.bias.copy_(torch.where(lazy.gates.bias > 0, 2.0, -2.0))
+    return lazy
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    return lambda lazy, **options: lazycompress.export(
+        lazy, tmp_path_factory.mktemp("state") / "out", telemetry=True, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(lazy: LazyModel, export: Callable[..., Path]) -> ov.CompiledModel:
+    return compile_model(export(lazy), "f32")
+
+
+@pytest.fixture(scope="module")
+def compiled_bf16(steady: LazyModel, export: Callable[..., Path]) -> ov.CompiledModel:
+    return compile_model(export(steady), "bf16")
+
+
+def compile_model(folder: Path, precision: str) -> ov.CompiledModel:
+    path = folder / "openvino_model.xml"
+    return ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1})
+
+
+def play(
+    file: File, lazy: LazyModel, sequence: list[tuple[str, int]], tolerance: float, decide: Granularity = "sample"
+) -> None:
+    """Run a sequence in both; every call must agree."""
+    form = "flat" if decide == "sample" else "lowered"
+    pairs = [(file, Reference(lazy, form, decide))]
+    request, reference = pairs[0]
+    batch, step, label, seed = 2, 0, 0, 0
+    for kind, number in [("next", 0), *sequence]:
+        if kind == "next":
+            step = min(step + 1 + number // 6, len(TIMES) - 1)
+            seed += 1
+        elif kind == "image":
+            step, seed = 0, seed + 10
+        elif kind == "prompt":  # a run is left and another one begins, half-way
+            label, step = label + 1 + number % 3, min(step + 1 + number, len(TIMES) - 1)
+        elif kind == "batch":
+            batch, step = 1 + number % 4, min(step + 1, len(TIMES) - 1)
+        elif kind == "reset":
+            request.reset()
+            reference.reset()
+        elif kind == "request":
+            if len(pairs) < 2:
+                pairs.append((file.twin(), Reference(lazy, form, decide)))
+            request, reference = pairs[number % len(pairs)]
+        inputs = small_inputs(batch, TIMES[step], seed % 3, label)
+        expected, decisions = reference(**inputs)
+        sample, taken = request(inputs)
+        assert torch.equal(taken, decisions if taken.dim() == 2 else decisions.sum(dim=1)), (kind, number)
+        difference = float((sample - expected).abs().max() / expected.abs().max())
+        assert difference < tolerance, (kind, number, difference)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events)
+def test_any_sequence_of_calls_equals_torch(lazy: LazyModel, compiled: ov.CompiledModel, sequence: Any) -> None:
+    play(PlainOpenVINO(compiled), lazy, sequence, 1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(events)
+def test_with_bf16_the_decisions_are_the_same(
+    steady: LazyModel, compiled_bf16: ov.CompiledModel, sequence: Any
+) -> None:
+    play(PlainOpenVINO(compiled_bf16), steady, sequence, 6e-2)
+
+
+@pytest.fixture(scope="module")
+def onnx_runner(lazy: LazyModel, export: Callable[..., Path]) -> OnnxRunner:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return OnnxRunner(export(lazy, format="onnx"), options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(events)
+def test_any_sequence_of_calls_equals_torch_in_onnx(lazy: LazyModel, onnx_runner: OnnxRunner, sequence: Any) -> None:
+    play(Runner(onnx_runner.twin()), lazy, sequence, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def explicit_runner(lazy: LazyModel, export: Callable[..., Path]) -> OpenVINORunner:
+    return OpenVINORunner(export(lazy, stateful=False), config={"INFERENCE_NUM_THREADS": 1})
+
+
+@settings(max_examples=30, deadline=None)
+@given(events)
+def test_any_sequence_of_calls_equals_torch_with_explicit_caches(
+    lazy: LazyModel, explicit_runner: OpenVINORunner, sequence: Any
+) -> None:
+    play(Runner(explicit_runner.twin()), lazy, sequence, 1e-4)
+
+
+@pytest.fixture(scope="module", params=["openvino", "onnx"])
+def whole_batch_runner(request: pytest.FixtureRequest, lazy: LazyModel, export: Callable[..., Path]) -> Any:
+    folder = export(lazy, format=request.param, decide="batch")
+    return OpenVINORunner(folder) if request.param == "openvino" else OnnxRunner(folder)
+
+
+@settings(max_examples=25, deadline=None)
+@given(events)
+def test_any_sequence_of_calls_equals_torch_with_one_decision_a_batch(
+    lazy: LazyModel, whole_batch_runner: Any, sequence: Any
+) -> None:
+    play(Runner(whole_batch_runner.twin()), lazy, sequence, 1e-4, "batch")
+
+
+def test_one_decision_a_batch_is_one_for_all_of_its_samples(lazy: LazyModel, whole_batch_runner: Any) -> None:
+    file, reference = Runner(whole_batch_runner.twin()), Reference(lazy, "flat")
+    alone_mixed = together = 0
+    for time in TIMES[:12]:
+        inputs = small_inputs(4, time)
+        _, counts = file(inputs)
+        assert set(counts.tolist()) <= {0.0, 4.0}
+        together += int(counts.sum())
+        alone_mixed += int(((reference(**inputs)[1].mean(dim=1) % 1) > 0).sum())
+    assert together > 0
+    assert alone_mixed > 0, "samples that decide for themselves differ on these calls"
+
+
+def test_another_size_is_refused(
+    compiled: ov.CompiledModel, onnx_runner: OnnxRunner, explicit_runner: OpenVINORunner
+) -> None:
+    """A file made for one size does not return another one's numbers."""
+    inputs = small_inputs(2, 980) | {"hidden_states": torch.zeros(2, 1, 16, 16)}
+    for file in (PlainOpenVINO(compiled), Runner(onnx_runner.twin()), Runner(explicit_runner.twin())):
+        with pytest.raises(Exception, match=r"(?i)shape|dimension"):
+            file(inputs)
+        sample, _ = file(small_inputs(2, 960))
+        assert sample.shape == (2, 1, 8, 8), "and still runs"
+
+
+def test_gates_and_clock_compute_in_f32_under_a_bf16_hint(steady: LazyModel, compiled_bf16: ov.CompiledModel) -> None:
+    """Each gate interpolates its table in a product of its own, outside of the branches."""
+    nodes = compiled_bf16.get_runtime_model().get_ordered_ops()
+    kinds = Counter(
+        (str(node.get_rt_info()["layerType"].value), str(node.get_rt_info()["runtimePrecision"].value))
+        for node in nodes
+        if "layerType" in node.get_rt_info()
+    )
+    print(kinds)
+    assert kinds["FullyConnected", "bf16"] > 0, "the plugin computes in bf16"
+
+
+def test_timesteps_one_apart_count_under_a_bf16_hint(steady: LazyModel, compiled_bf16: ov.CompiledModel) -> None:
+    request, reference = PlainOpenVINO(compiled_bf16), Reference(steady, "flat")
+    for time in range(999, 960, -1):
+        inputs = small_inputs(2, time)
+        assert torch.equal(request(inputs)[1], reference(**inputs)[1])
+
+
+def test_requests_in_parallel_keep_their_own_state(lazy: LazyModel, compiled: ov.CompiledModel) -> None:
+    def image(request: ov.InferRequest, number: int) -> np.ndarray[Any, Any]:
+        outputs = []
+        for time in TIMES[::5]:
+            inputs = small_inputs(1 + number, time, number, number)
+            request.start_async({name: value.numpy() for name, value in inputs.items()})
+            request.wait()
+            outputs.append(request.get_tensor("sample").data.copy())
+        return np.stack(outputs)
+
+    alone = [image(compiled.create_infer_request(), number) for number in range(4)]
+    requests = [compiled.create_infer_request() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(image, requests, range(4)))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_async_calls_of_two_requests_in_turn(lazy: LazyModel, compiled: ov.CompiledModel) -> None:
+    requests = [compiled.create_infer_request() for _ in range(2)]
+    references = [Reference(lazy, "flat") for _ in range(2)]
+    for time in TIMES[:12]:
+        calls = [small_inputs(2, time, seed, label=seed) for seed in range(2)]
+        for request, inputs in zip(requests, calls, strict=True):
+            request.start_async({name: value.numpy() for name, value in inputs.items()})
+        for request, inputs, reference in zip(requests, calls, references, strict=True):
+            request.wait()
+            expected = reference(**inputs)[0].numpy()
+            np.testing.assert_allclose(request.get_tensor("sample").data, expected, rtol=0, atol=1e-4)
+
+
+def test_onnx_runners_in_parallel_keep_their_own_state(onnx_runner: OnnxRunner) -> None:
+    def image(runner: OnnxRunner, number: int) -> Tensor:
+        return torch.stack([runner(**small_inputs(1 + number, t, number, number)).sample for t in TIMES[::5]])
+
+    alone = [image(onnx_runner.twin(), number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(image, [onnx_runner.twin() for _ in range(4)], range(4)))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_explicit_caches_are_inputs_and_outputs(lazy: LazyModel, export: Callable[..., Path]) -> None:
+    folder = export(lazy, stateful=False)
+    model = ov.Core().read_model(folder / "openvino_model.xml")
+    clock = ["past_timestep", "past_prints", "past_times"]
+    state = [*clock, "past_0_0", "past_1_0", "past_rate_0_0", "past_rate_1_0"]
+    assert [port.get_any_name() for port in model.inputs] == ["hidden_states", "timestep", "class_labels", *state]
+    present = [name.replace("past", "present", 1) for name in state]
+    assert [port.get_any_name() for port in model.outputs] == ["sample", *present, "lazy_decisions"]
+    assert not any(node.get_type_name() in ("ReadValue", "Assign") for node in model.get_ordered_ops())
+    runner, reference = OpenVINORunner(folder), Reference(lazy, "flat")
+    for number, time in enumerate([*TIMES[:8], *TIMES[:6]]):
+        inputs = small_inputs(2 + number // 8, time, number)
+        expected = reference(**inputs)[0]
+        found = runner(**{name: value.numpy() for name, value in inputs.items()})["sample"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert 0.1 < runner.summary().skip_ratio < 0.9
