@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .api import apply, locate
     from .export.folder import export
     from .graph.locate import Branch
+    from .integrations.diffusers import disable, enable, reset, summary
     from .recipe import Recipe
     from .runtime import LazyModel
     from .storage import load, save
@@ -35,6 +36,10 @@ _LAZY = {
     "locate": "api",
     "export": "export.folder",
     "Branch": "graph.locate",
+    "disable": "integrations.diffusers",
+    "enable": "integrations.diffusers",
+    "reset": "integrations.diffusers",
+    "summary": "integrations.diffusers",
     "Recipe": "recipe",
     "LazyModel": "runtime",
     "load": "storage",
@@ -54,10 +59,14 @@ __all__ = [
     "RecipeError",
     "__version__",
     "apply",
+    "disable",
+    "enable",
     "export",
     "load",
     "locate",
+    "reset",
     "save",
+    "summary",
 ]
 
 

@@ -1,22 +1,22 @@
-"""The stages in their order: capture -> locate -> insert -> lower -> train -> export. The only module that knows it."""
+"""The stages in their order: capture, locate, insert, lower, train, compose, export. The only module that knows it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .errors import InputError
+from .errors import InputError, RecipeError
 from .graph.capture import ExampleInputs, call_of, capture
-from .graph.locate import Branch, locate_branches
+from .graph.located import Branches, located
 from .recipe import Recipe, load_recipe
 from .runtime import LazyModel
 from .sampling import Sampler, build_inputs, build_sampler, first_call
 
 
-def locate(model: nn.Module, example_inputs: ExampleInputs) -> list[Branch]:
+def locate(model: nn.Module, example_inputs: ExampleInputs) -> Branches:
     """Find the branches of a Diffusion Transformer; nothing is changed.
 
     Args:
@@ -24,15 +24,15 @@ def locate(model: nn.Module, example_inputs: ExampleInputs) -> list[Branch]:
         example_inputs: keyword arguments of one forward call, or a tuple of positional ones.
 
     Returns:
-        The branches in the order in which they run: name, kind, streams, MACs per sample.
+        The branches in the order in which they run: name, kind, streams, MACs per sample. A list; printed, a table; its
+        `svg()` and `html()` draw the model.
 
     Raises:
         InputError: the inputs do not fit the model.
         CaptureError: the model cannot be captured; names the operation and its source line.
         LocateError: the model holds no residual branch with attention.
     """
-    captured = capture(model, call_of(model, example_inputs))
-    return locate_branches(captured.graph_module.graph, captured.batch)
+    return located(model, capture(model, call_of(model, example_inputs)))
 
 
 def apply(
@@ -42,32 +42,34 @@ def apply(
     example_inputs: ExampleInputs | None = None,
     sampler: Sampler | None = None,
     overrides: Mapping[str, Any] | None = None,
+    call_kwargs: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> LazyModel:
+) -> Any:
     """Make a model lazy: find its branches, put gates before them, learn when each may reuse.
 
     Args:
-        model_or_pipeline: an `nn.Module`; whole pipelines are refused for now, with the way round it.
+        model_or_pipeline: an `nn.Module`, or a diffusers pipeline.
         recipe: a path, the name of a shipped recipe, a dictionary, or a `Recipe`.
         example_inputs: keyword arguments of one forward call, or a tuple of positional ones; left out, the first call
             that the sampler makes is taken.
         sampler: runs one denoising loop with the model it is given and returns the final latents [batch, ...], drawing
             new noise from torch's global generator at each call; left out, the recipe's `sampling` section builds one.
         overrides: dotted recipe keys and values, such as `{"target": 0.4}`.
+        call_kwargs: arguments of `pipeline(...)` while gates are learned, before those of the recipe's `pipeline` section.
         progress: show progress bars.
 
     Returns:
-        A `LazyModel` that shares the model's weights; the model itself is left as it is.
+        A `LazyModel` that shares the model's weights; the model itself is left as it is. For a pipeline the pipeline, with
+        its denoisers lazy in place of the old ones.
 
     Raises:
         LazyCompressError: the recipe, the inputs or the model are at fault; one line says what to do.
     """
     chosen = load_recipe(recipe, overrides)
     if not isinstance(model_or_pipeline, nn.Module):
-        raise InputError(
-            f"apply takes an nn.Module, there was {type(model_or_pipeline).__name__}; of a pipeline, pass its denoiser "
-            f"(pipe.transformer, say) and sampler= (your denoising loop, returning the final latents)"
-        )
+        from .integrations.diffusers import apply_to_pipeline
+
+        return apply_to_pipeline(model_or_pipeline, chosen, sampler=sampler, call_kwargs=call_kwargs, progress=progress)
     model = model_or_pipeline
     if sampler is None and chosen.sampling is not None:
         sampler = build_sampler(chosen.sampling)
@@ -81,10 +83,88 @@ def apply(
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")
         sampling = chosen.sampling
         example_inputs = build_inputs(model, sampling) if sampling is not None else first_call(model, sampler)
-    lazy = LazyModel(model, call_of(model, example_inputs), timestep_input=chosen.timestep_input or None)
-    lazy.recipe = chosen
-    if chosen.train.enabled and sampler is not None:
-        from .train.trainer import train_gates
+    return make_lazy(model, example_inputs, chosen, sampler, progress=progress)
 
-        lazy.training_report = train_gates(lazy, sampler, chosen, progress=progress)
+
+def make_lazy(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    recipe: Recipe,
+    sampler: Sampler | None,
+    *,
+    make: Callable[..., LazyModel] = LazyModel,
+    progress: bool = True,
+) -> LazyModel:
+    """All stages of a recipe up to export, on one model: capture, learn, quantize or compress, in the recipe's order.
+
+    Args:
+        model: left as it is.
+        example_inputs: of one forward call.
+        recipe: which stages, and in which order.
+        sampler: as for `apply`.
+        make: makes the lazy model of a model, a call and the name of its timestep input.
+        progress: show progress bars.
+
+    Raises:
+        LazyCompressError: as for `apply`; what needs only the recipe to be seen is said before anything is done.
+    """
+    _check(recipe, sampler)
+    learns = recipe.train.enabled and sampler is not None
+    before: list[Any] = []
+    if recipe.prune is not None and sampler is not None:
+        from .compose.prune import prune
+
+        model, report = prune(model, sampler, recipe.prune, seed=recipe.train.seed, progress=progress)
+        before.append(report)
+    lazy = make(model, call_of(model, example_inputs), timestep_input=recipe.timestep_input or None)
+    lazy.recipe = recipe
+    lazy.reports += before
+
+    def learn() -> None:
+        if learns and sampler is not None:
+            from .train import learn
+
+            lazy.training_report = learn(lazy, sampler, recipe, progress=progress)
+
+    if recipe.quantize is None:
+        learn()
+    elif sampler is not None:
+        from .compose.quantize import quantize, straight_through
+
+        if recipe.order == "train_quantize":
+            learn()
+            lazy.reports.append(quantize(lazy, sampler, recipe.quantize, seed=recipe.train.seed))
+        else:
+            lazy.set_gates(lazy.gates.like(order=int(recipe.forecast), static=1))
+            lazy.reports.append(quantize(lazy, sampler, recipe.quantize, seed=recipe.train.seed))
+            with lazy.instead(straight_through(lazy.program(lazy.example).flat)):
+                learn()
+    if recipe.weights is not None:
+        from .compose.quantize import compress_weights
+
+        lazy.reports.append(compress_weights(lazy, sampler, recipe.weights, seed=recipe.train.seed))
     return lazy
+
+
+def _check(recipe: Recipe, sampler: Sampler | None) -> None:
+    """What is wrong with the stages of a recipe, before any work.
+
+    Raises:
+        RecipeError: a stage has nothing to work on. MissingExtraError: its package is not installed.
+    """
+    weights = recipe.weights
+    aware = [name for name in ("awq", "scale_estimation") if weights is not None and getattr(weights, name)]
+    needs = "quantize" if recipe.quantize is not None else f"weights.{aware[0]}" if aware else ""
+    needs = needs or ("prune" if recipe.prune is not None else "")
+    if needs and sampler is None:
+        raise RecipeError(
+            f"{needs}: there is nothing to calibrate on; pass sampler=, or give the recipe a sampling section"
+        )
+    if recipe.prune is not None:
+        from .compose.prune import need_pruner
+
+        need_pruner(recipe.prune)
+    if recipe.quantize is not None or weights is not None:
+        from .compose.quantize import need_nncf
+
+        need_nncf("quantization" if recipe.quantize is not None else "weight compression")

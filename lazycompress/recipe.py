@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import RecipeError
 
@@ -48,6 +48,15 @@ class Sampling(_Section):
     constants: dict[str, Any] = Field(default_factory=dict, description="the model's other arguments, as they are")
 
 
+class Pipeline(_Section):
+    """What a diffusers pipeline samples while its gates are learned."""
+
+    prompts: list[str] = Field(default_factory=list, description="prompts to draw from (pipelines that take prompt)")
+    class_labels: list[int] = Field(default_factory=list, description="labels to draw from (class_labels)")
+    batch: int = Field(0, ge=0, description="images per sampling run; 0: one for every prompt or label")
+    call: dict[str, Any] = Field(default_factory=dict, description="other arguments of the pipeline's call")
+
+
 class Guards(_Section):
     """Where a branch may not reuse, whatever its gate says."""
 
@@ -63,8 +72,61 @@ class Train(_Section):
     """How the gates are learned: in the sampler's own loop, judged by its final image."""
 
     enabled: bool = Field(True, description="false leaves the gates untrained: they always compute")
+    method: Literal["trajectory", "paper"] = Field(
+        "trajectory", description="judged by the final image, or two steps with a soft blend as in LazyDiT's paper"
+    )
     seed: int = Field(0, description="seed of the noise and of the probes")
     effort: Annotated[float, Field(gt=0.0)] = Field(1.0, description="multiplies the sampling runs spent on training")
+
+
+class IgnoredScope(_Section):
+    """NNCF's IgnoredScope: what stays in floating point."""
+
+    names: list[str] = Field(default_factory=list, description="names of graph nodes")
+    patterns: list[str] = Field(default_factory=list, description="regular expressions of such names")
+    types: list[str] = Field(default_factory=list, description="NNCF operation types")
+
+
+class Quantize(_Section):
+    """Post-training quantization of weights and activations to 8 bits, with the parameters of `nncf.quantize`."""
+
+    preset: Literal["performance", "mixed"] = Field("mixed", description="symmetric, or asymmetric activations")
+    model_type: Literal["transformer"] = Field("transformer", description="NNCF's model type")
+    subset_size: int = Field(50, ge=1, description="calls of the model to calibrate on, spread over a sampling run")
+    fast_bias_correction: bool = Field(True, description="correct biases on statistics alone")
+    smooth_quant_alpha: float = Field(-1.0, description="SmoothQuant's alpha; -1 switches it off")
+    ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what is left out, besides all that is no branch")
+
+
+class Weights(_Section):
+    """Weights stored in fewer bits, with the parameters of `nncf.compress_weights`."""
+
+    mode: Literal["int8_sym", "int8_asym", "int4_sym", "int4_asym"] = Field(
+        "int8_asym", description="how weights are stored"
+    )
+    ratio: float | None = Field(None, gt=0.0, le=1.0, description="share of the layers in 4 bits (4-bit modes)")
+    group_size: int | None = Field(None, description="weights that share a scale (4-bit modes); -1: a whole channel")
+    all_layers: bool | None = Field(None, description="4 bits for embeddings and the last layer too")
+    awq: bool | None = Field(None, description="activation-aware scaling (needs calibration)")
+    scale_estimation: bool | None = Field(
+        None, description="scales that minimise the output's error (needs calibration)"
+    )
+    subset_size: int = Field(32, ge=1, description="calls of the model to calibrate on")
+
+
+class Prune(_Section):
+    """Pruning of the model before it is captured, repaired by a short training against the dense one."""
+
+    method: Literal["structured", "magnitude"] = Field(
+        "structured", description="narrower layers (faster), or single weights set to zero (as fast as before)"
+    )
+    mlp_width: float = Field(
+        0.25, ge=0.0, lt=1.0, description="share of each MLP's hidden units taken out (structured)"
+    )
+    heads: float = Field(0.0, ge=0.0, lt=1.0, description="share of each attention's heads taken out (structured)")
+    ratio: float = Field(0.25, gt=0.0, lt=1.0, description="share of each weight matrix set to zero (magnitude)")
+    finetune_steps: int = Field(300, ge=0, description="steps of the training that repairs the model")
+    learning_rate: float = Field(1e-4, gt=0.0, description="largest learning rate of AdamW in that training")
 
 
 class Export(_Section):
@@ -78,11 +140,39 @@ class Recipe(_Section):
     """A whole recipe. Every key may be left out."""
 
     target: Share = Field(0.5, description="share of the branches' MACs that may be computed")
+    forecast: bool = Field(
+        True,
+        description="reuse goes on along the line through the last two computed outputs; false repeats the last one",
+    )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
     guards: Guards = Field(Guards(), description="where reuse is forbidden")
     train: Train = Field(Train(), description="how the gates are learned")
+    prune: Prune | None = Field(None, description="narrower layers, or weights set to zero, before anything else")
+    quantize: Quantize | None = Field(None, description="8-bit weights and activations in the branches")
+    weights: Weights | None = Field(None, description="weights stored in 8 or 4 bits")
+    order: Literal["train_quantize", "quantize_train"] = Field(
+        "train_quantize",
+        description="gates learned on the model as it is and then quantized, or on the quantized model",
+    )
     sampling: Sampling | None = Field(None, description="a sampler for models that come without a pipeline")
+    pipeline: Pipeline | None = Field(None, description="what to sample when a whole pipeline is made lazy")
     export: Export = Field(Export(), description="defaults of lazycompress.export")
+
+    @model_validator(mode="after")
+    def _stages(self) -> Recipe:
+        if self.order == "quantize_train":
+            if self.quantize is None:
+                raise ValueError("order: quantize_train needs a quantize section; add one, or leave order out")
+            if not self.train.enabled or self.train.method == "paper":
+                raise ValueError("order: quantize_train needs train.enabled: true and train.method: trajectory")
+        if self.quantize is not None and self.weights is not None:
+            raise ValueError("quantize stores weights in 8 bits already: keep one of the sections quantize and weights")
+        if self.weights is not None and self.weights.mode.startswith("int8"):
+            given = [k for k in ("ratio", "group_size", "all_layers", "awq", "scale_estimation")
+                     if getattr(self.weights, k) is not None]  # fmt: skip
+            if given:
+                raise ValueError(f"weights.{given[0]} is an option of the int4 modes; mode is {self.weights.mode}")
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -161,6 +251,8 @@ def _explain(error: ValidationError, where: str) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         return f"{where}: unknown key {key!r}; {hint}"
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
     return f"{where}: key {key!r}: {first['msg'].lower()}; there was {first['input']!r}"
 
 

@@ -1,0 +1,105 @@
+"""Latency of 8-bit arithmetic and laziness, each alone and both together, against the dense float32 export.
+
+`python -m tests.benchmarks.compose_latency [--layers 12] [--width 768] [--format openvino onnx] [--batch 2]`
+
+The default is the shape of DiT-B/2 at 256 px with random weights. Gates have the form that training gives them, and half of the
+blocks are made to reuse always. "dense int8" is what the runtime's own tools make of the dense file: NNCF for OpenVINO, dynamic
+quantization for ONNX Runtime. Everything is measured in one run, in turn, and the smallest of several timings counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nncf
+import onnxruntime as ort
+import openvino as ov
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import Tensor, nn
+
+import lazycompress
+from lazycompress.compose.quantize import quantize
+from lazycompress.export.onnx_runner import OnnxRunner
+from lazycompress.export.openvino_runner import OpenVINORunner
+from lazycompress.recipe import Quantize
+from lazycompress.runtime import LazyModel, wrap
+
+from .export_latency import Step, build, dense_step, force, inputs, measure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--format", nargs="+", default=["openvino", "onnx"], choices=["openvino", "onnx"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    options = parser.parse_args()
+    model = build(options.layers, options.width)
+    plain, small = make(model), make(model)
+    started = time.perf_counter()
+    print(
+        quantize(small, sampler, Quantize(subset_size=4)), f"{time.perf_counter() - started:.0f} s in all", flush=True
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for format in options.format:
+            steps: dict[str, Step] = {
+                "dense f32": dense_step(model, format, folder),
+                "dense int8": dense_int8(model, format, folder),
+            }
+            for label, lazy in (("f32", plain), ("int8", small)):
+                force(lazy, 0.5)
+                path = lazycompress.export(lazy, folder / f"{format}_{label}", format=format, check=False)
+                runner: Any = OpenVINORunner(path) if format == "openvino" else OnnxRunner(path)
+                steps[f"lazy half {label}"] = lambda b, t, runner=runner: runner(**inputs(b, t))
+            for batch in options.batch:
+                best = measure(steps, batch)
+                for label, seconds in best.items():
+                    print(
+                        f"{format:9} batch {batch}: {label:15} {seconds * 1e3:8.1f} ms, dense f32 takes "
+                        f"{best['dense f32'] / seconds:5.2f} times that; {seconds / best['dense int8']:.3f} of dense int8",
+                        flush=True,
+                    )
+
+
+def make(model: nn.Module) -> LazyModel:
+    """A lazy model with gates as training makes them."""
+    lazy = wrap(model, (), inputs(2, 500))
+    lazy.set_gates(lazy.gates.like(order=1, static=1))
+    return lazy
+
+
+def sampler(model: Any) -> Tensor:
+    """Four calls of one image: random weights need no more to be quantized."""
+    for timestep in (900, 700, 500, 300):
+        found = model(**inputs(2, timestep))
+    sample: Tensor = found.sample
+    return sample
+
+
+def dense_int8(model: nn.Module, format: str, folder: Path) -> Step:
+    if format == "onnx":
+        path = folder / "dense_int8.onnx"
+        quantize_dynamic(
+            folder / "dense.onnx", path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+            weight_type=QuantType.QInt8, extra_options={"MatMulConstBOnly": True},
+        )  # fmt: skip
+        session = ort.InferenceSession(str(path))
+        return lambda b, t: session.run(None, {name: value.numpy() for name, value in inputs(b, t).items()})
+    example = inputs(2, 500)
+    dynamic = {name: {0: torch.export.Dim.AUTO} for name in example}
+    dense = ov.convert_model(torch.export.export(model, (), example, dynamic_shapes=dynamic))
+    data = [[value.numpy() for value in inputs(2, t).values()] for t in (900, 700, 500, 300)]
+    quantized = nncf.quantize(dense, nncf.Dataset(data), model_type=nncf.ModelType.TRANSFORMER, subset_size=4)
+    compiled = ov.Core().compile_model(quantized, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    return lambda b, t: request.infer([value.numpy() for value in inputs(b, t).values()])
+
+
+if __name__ == "__main__":
+    main()
