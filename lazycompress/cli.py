@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, LazyCompressError, RecipeError
+from .errors import ExportError, InputError, LazyCompressError, RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from .recipe import Recipe
+    from .runtime import LazyModel
 
 _EXAMPLES = """examples:
   lazycompress demo out/demo
@@ -22,10 +23,13 @@ _EXAMPLES = """examples:
   lazycompress locate --model my_dit/ --recipe mine.yaml --svg branches.svg
   lazycompress apply --model my_dit/ --recipe mine.yaml --set target=0.4 gates/
   lazycompress export --model my_dit/ --gates gates/ --format openvino out/
+  lazycompress export --model my_sd3/ --set pipeline.prompts='[a cat, a red car]' out/
+  lazycompress verify out/
   lazycompress summary out/
 
-A model is a local folder in diffusers' layout: a single model's or a whole pipeline's. Its inputs come from the recipe's
-sampling section. Exit codes: 0 done, 1 the input was at fault (one line on stderr), 2 wrong usage.
+A model is a local folder in diffusers' layout: a single model's, whose inputs come from the recipe's sampling section or
+from --inputs, or a whole pipeline's, which samples what the recipe's pipeline section says.
+Exit codes: 0 done, 1 the input was at fault (one line on stderr), 2 wrong usage.
 """
 
 
@@ -72,20 +76,30 @@ def _parser() -> argparse.ArgumentParser:
     locate = command("locate", _locate, "print the branches of a model; nothing is changed")
     with_model(locate)
     with_recipe(locate)
+    locate.add_argument(
+        "--inputs", type=Path, metavar="FILE", help="safetensors with the arguments of one forward call"
+    )
     locate.add_argument("--svg", type=Path, metavar="FILE", help="also draw the model with its branches")
+    locate.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the drawing and the table")
 
     apply = command("apply", _apply, "learn gates and write them to a folder")
     with_model(apply)
     with_recipe(apply)
     apply.add_argument("directory", type=Path, help="where to write the gates")
 
-    export = command("export", _export, "write a model and its gates as OpenVINO or ONNX")
+    export = command("export", _export, "write a model or a pipeline as OpenVINO or ONNX")
     with_model(export)
-    export.add_argument("--gates", type=Path, required=True, metavar="DIR", help="what 'lazycompress apply' wrote")
+    with_recipe(export)
+    export.add_argument(
+        "--gates", type=Path, metavar="DIR", help="what 'lazycompress apply' wrote (default: learn them now)"
+    )
     export.add_argument("--format", choices=["openvino", "onnx"], help="file format (default: the recipe's)")
     export.add_argument("--telemetry", action="store_true", help="add an output with the decisions of each step")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("directory", type=Path, help="where to write")
+
+    verify = command("verify", _verify, "run an exported folder again on its recorded calls and compare with torch")
+    verify.add_argument("directory", type=Path)
 
     summary = command("summary", _summary, "say what an exported folder holds")
     summary.add_argument("directory", type=Path)
@@ -100,16 +114,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(options: argparse.Namespace) -> tuple[nn.Module, Recipe]:
-    from .integrations.diffusers import load_denoiser
+def _recipe(options: argparse.Namespace) -> Recipe:
     from .recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, overrides(options.set))
-    if recipe.sampling is None:
-        raise RecipeError(
-            f"{options.recipe} has no sampling section, from which the command line takes the model's inputs"
-        )
-    return load_denoiser(options.model), recipe
+    return load_recipe(options.recipe, overrides(options.set))
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def _parts(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """The denoisers of `--model` by name, each with the arguments of one call."""
+    from .integrations.diffusers import example_calls, load_denoiser, load_pipeline
+    from .sampling import build_inputs
+
+    recipe = _recipe(options)
+    if options.inputs is not None:
+        return {"": (load_denoiser(options.model), _read_inputs(options.inputs))}
+    if recipe.sampling is not None:
+        model = load_denoiser(options.model)
+        return {"": (model, build_inputs(model, recipe.sampling))}
+    if _is_pipeline(options.model):
+        pipeline = load_pipeline(options.model)
+        calls = example_calls(pipeline, recipe)
+        return {name: (getattr(pipeline, name), inputs) for name, inputs in calls.items()}
+    load_denoiser(options.model)  # says so if the folder is at fault
+    raise RecipeError(
+        f"{options.recipe} has no sampling section, from which a single model's inputs come; or pass --inputs"
+    )
+
+
+def _read_inputs(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # safetensors raises an error class of its own
+        raise InputError(f"--inputs {path}: {error}") from None
 
 
 def overrides(assignments: Sequence[str]) -> dict[str, Any]:
@@ -131,45 +173,75 @@ def overrides(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _locate(options: argparse.Namespace) -> None:
     from .api import locate
-    from .graph.draw import branches_svg, branches_table
-    from .sampling import build_inputs
 
-    model, recipe = _load(options)
-    assert recipe.sampling is not None
-    branches = locate(model, build_inputs(model, recipe.sampling))
-    if options.svg is not None:
-        _write(options.svg, branches_svg(branches))
+    found = {name: locate(model, inputs) for name, (model, inputs) in _parts(options).items()}
+    for name, branches in found.items():
+        for path, text in ((options.svg, branches.svg()), (options.html, branches.html())):
+            if path is not None:
+                _write(path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}"), text)
+        if not options.json:
+            print(branches)
     if options.json:
-        rows = [{"name": b.name, "kind": b.kind, "streams": len(b.streams), "macs": b.macs} for b in branches]
+        rows = [
+            {"name": b.name, "kind": b.kind, "streams": len(b.streams), "macs": b.macs}
+            | ({"part": name} if name else {})
+            for name, branches in found.items()
+            for b in branches
+        ]
         print(json.dumps(rows, indent=2))
-    else:
-        print(branches_table(branches))
 
 
 def _apply(options: argparse.Namespace) -> None:
     from .api import apply
+    from .integrations.diffusers import lazy_denoisers, load_denoiser, load_pipeline
     from .storage import save
 
-    model, recipe = _load(options)
-    lazy = apply(model, recipe, progress=not options.json)
-    save(lazy, options.directory)
-    report = lazy.training_report
-    if options.json:
-        print(json.dumps(vars(report) if report is not None else {}))
+    recipe, progress = _recipe(options), not options.json
+    made: dict[str, Any]
+    if recipe.sampling is None and _is_pipeline(options.model):
+        made = dict(lazy_denoisers(apply(load_pipeline(options.model), recipe, progress=progress)))
     else:
-        print(report)
-        print(f"gates written to {options.directory}")
+        model = load_denoiser(options.model)
+        if recipe.sampling is None:
+            raise RecipeError(f"{options.recipe} has no sampling section, from which a single model's inputs come")
+        made = {"": apply(model, recipe, progress=progress)}
+    reports = {}
+    for name, lazy in made.items():
+        folder = options.directory if len(made) == 1 else options.directory / name
+        save(lazy, folder)
+        reports[name] = vars(lazy.training_report) if lazy.training_report is not None else {}
+        if progress:
+            print(lazy.training_report)
+            print(f"gates written to {folder}")
+    if options.json:
+        print(json.dumps(next(iter(reports.values())) if len(reports) == 1 else reports))
 
 
 def _export(options: argparse.Namespace) -> None:
     from .export.folder import export
-    from .integrations.diffusers import load_denoiser
+    from .integrations.diffusers import export_folder, load_denoiser
     from .storage import load
 
-    lazy = load(load_denoiser(options.model), options.gates)
     telemetry = True if options.telemetry else None
-    folder = export(lazy, options.directory, options.format, telemetry=telemetry, overwrite=options.overwrite)
+    if options.gates is None:
+        recipe = _recipe(options)
+        folder = export_folder(
+            options.model, recipe, options.directory, options.format or recipe.export.format, telemetry=telemetry,
+            overwrite=options.overwrite, progress=not options.json,
+        )  # fmt: skip
+    else:
+        lazy: LazyModel = load(load_denoiser(options.model), options.gates)
+        folder = export(lazy, options.directory, options.format, telemetry=telemetry, overwrite=options.overwrite)
     print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from .export.folder import verify
+
+    report = verify(options.directory)
+    print(json.dumps(vars(report) | {"ok": report.ok}) if options.json else report)
+    if not report.ok:
+        raise ExportError(f"{options.directory} does not give what torch gave")
 
 
 def _summary(options: argparse.Namespace) -> None:

@@ -102,9 +102,9 @@ def test_a_sampler_that_never_calls_the_model_is_one_line(digits: nn.Module) -> 
         lazycompress.apply(digits, sampler=lambda model: torch.zeros(1, 1, 8, 8))
 
 
-def test_a_pipeline_is_told_what_to_pass_instead() -> None:
+def test_what_is_neither_a_model_nor_a_pipeline_is_one_line() -> None:
     with pytest.raises(
-        LazyCompressError, match=r"apply takes an nn\.Module, there was SimpleNamespace; of a pipeline, pass"
+        LazyCompressError, match=r"apply takes an nn\.Module or a diffusers pipeline, there was SimpleNamespace"
     ):
         lazycompress.apply(SimpleNamespace(transformer=None))
 

@@ -45,6 +45,8 @@ def test_apply_then_export_then_summary(capsys: pytest.CaptureFixture[str], tmp_
     text = capsys.readouterr().out
     assert "openvino, 12 branches" in text
     assert f"expected: {report['macs_ratio']:.1%}" in text
+    main(["verify", out, "--json"])
+    assert json.loads(capsys.readouterr().out)["ok"]
     assert "overwrite=True" in fails(capsys, ["export", "--model", str(WEIGHTS_DIR), "--gates", gates, out])
 
 

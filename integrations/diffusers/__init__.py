@@ -1,7 +1,46 @@
-"""diffusers: loading models from folders."""
+"""diffusers: whole pipelines made lazy, exported, and loaded."""
 
 from __future__ import annotations
 
+from .export import INDEX_FILE, export_folder, export_pipeline, load_pipeline, local_folder, optimum_knows
+from .exported import ExportedDenoiser, exported_summary, load_exported
 from .loading import load_denoiser
+from .pipelines import (
+    LazyDenoiser,
+    PipelineSummary,
+    apply_to_pipeline,
+    denoisers,
+    disable,
+    enable,
+    example_calls,
+    lazy_denoisers,
+    load_lazy,
+    reset,
+    set_policy,
+    summary,
+)
 
-__all__ = ["load_denoiser"]
+__all__ = [
+    "INDEX_FILE",
+    "ExportedDenoiser",
+    "LazyDenoiser",
+    "PipelineSummary",
+    "apply_to_pipeline",
+    "denoisers",
+    "disable",
+    "enable",
+    "example_calls",
+    "export_folder",
+    "export_pipeline",
+    "exported_summary",
+    "lazy_denoisers",
+    "load_denoiser",
+    "load_exported",
+    "load_lazy",
+    "load_pipeline",
+    "local_folder",
+    "optimum_knows",
+    "reset",
+    "set_policy",
+    "summary",
+]

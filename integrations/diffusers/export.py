@@ -1,0 +1,218 @@
+"""Whole pipelines as folders: the denoisers as lazy OpenVINO or ONNX files, the other parts as they run best.
+
+Two layouts, chosen by what can read them:
+
+1. OpenVINO, and optimum-intel knows the pipeline: its own layout, every part in OpenVINO. The lazy file takes the place of
+   the dense one, name by name, so that `OVDiffusionPipeline.from_pretrained(folder)` runs it unmodified.
+2. Else diffusers' layout, without the denoiser's weights: its folder holds the lazy file, `load_exported(folder)` runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import ExportError, InputError, MissingExtraError
+from ...export.card import CARD_FILE
+from ...export.folder import describe
+from ...export.folder import export as export_model
+from ...export.trace import trace
+from ...recipe import Recipe, load_recipe
+from ...storage import whole_folder
+from .loading import load_denoiser
+from .pipelines import LazyDenoiser, apply_to_pipeline, disable, enable, lazy_denoisers
+
+_log = logging.getLogger(__name__)
+
+INDEX_FILE = "model_index.json"
+
+#: `owner/name`, as the hub has it.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def export_pipeline(
+    pipeline: Any, directory: str | Path, format: str = "openvino", *, telemetry: bool = False, overwrite: bool = False
+) -> Path:
+    """Write a lazy pipeline as a folder that skips by itself; images have the size that the gates were learned for.
+
+    Args:
+        pipeline: what `lazycompress.apply(pipe, recipe)` returned.
+        directory: where to; written whole or not at all.
+        format: "openvino" or "onnx".
+        telemetry: add an output with the decisions of each step to the denoiser's file.
+        overwrite: replace a folder that was exported before.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: a folder that is not ours to replace, or a part that a converter does not take.
+        InputError: the pipeline is not lazy.
+        MissingExtraError: the format's packages are not installed.
+    """
+    lazy = lazy_denoisers(pipeline)
+    target = Path(directory)
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / CARD_FILE).is_file():
+            raise ExportError(f"{target} is not empty and no export of lazycompress; choose another folder")
+        if not overwrite:
+            raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
+    with whole_folder(target) as folder:
+        disable(pipeline)
+        try:
+            if format == "openvino" and optimum_knows(type(pipeline).__name__):
+                loader = "optimum.intel.OVDiffusionPipeline"
+                _as_optimum(pipeline, lazy, folder, telemetry)
+            else:
+                loader = "lazycompress.integrations.diffusers.load_exported"
+                _as_diffusers(pipeline, lazy, folder, format, telemetry)
+        finally:
+            enable(pipeline)
+        card = {"format": format, "pipeline": type(pipeline).__name__, "denoisers": list(lazy), "loader": loader}
+        (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def export_folder(
+    model: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    directory: str | Path,
+    format: str = "openvino",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    telemetry: bool | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """From a folder of a diffusers pipeline, its hub id, or the folder of one model to an export: learn, then write.
+
+    Raises:
+        LazyCompressError: folder, recipe or target are at fault; one line says what to do.
+    """
+    chosen = load_recipe(recipe, overrides)
+    told = telemetry if telemetry is not None else chosen.export.telemetry
+    model = local_folder(model)
+    if not (model / INDEX_FILE).is_file():
+        from ...api import apply
+
+        lazy = apply(load_denoiser(model), chosen, progress=progress)
+        return export_model(lazy, directory, format, telemetry=told, overwrite=overwrite)
+    pipeline = load_pipeline(model)
+    apply_to_pipeline(pipeline, chosen, progress=progress)
+    return export_pipeline(pipeline, directory, format, telemetry=told, overwrite=overwrite)
+
+
+def local_folder(model: str | Path) -> Path:
+    """A folder as it is; for the hub id of a pipeline, the folder that diffusers keeps it in, downloaded if need be.
+
+    Raises:
+        InputError: there is no such folder, and the hub or its cache has no such pipeline.
+    """
+    folder = Path(model)
+    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+        return folder
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(str(model)))
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(f"{model} is no folder, and diffusers gets no pipeline of that id: {said}") from error
+
+
+def load_pipeline(folder: str | Path) -> Any:
+    """A diffusers pipeline from a local folder, in float32.
+
+    Raises:
+        InputError: it does not load.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, torch_dtype=torch.float32)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
+
+
+def optimum_knows(pipeline_class: str) -> bool:
+    """Whether optimum-intel is installed and has an OpenVINO pipeline of that class."""
+    return _optimum_class(pipeline_class) is not None
+
+
+def _optimum_class(pipeline_class: str) -> Any:
+    try:
+        return getattr(importlib.import_module("optimum.intel"), f"OV{pipeline_class}", None)
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, telemetry: bool) -> None:
+    try:
+        import openvino as ov
+        from optimum.exporters.openvino import main_export
+    except ImportError as error:
+        raise MissingExtraError("optimum-intel", "optimum", "exporting a pipeline to OpenVINO") from error
+    from ...export import openvino as to_openvino
+
+    with tempfile.TemporaryDirectory() as dense, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline.save_pretrained(dense)
+        try:
+            main_export(
+                dense, output=folder, task=_optimum_class(type(pipeline).__name__).export_feature,
+                library_name="diffusers", convert_tokenizer=False,
+            )  # fmt: skip
+        except Exception as error:
+            lines = " ".join(str(error).split())
+            raise ExportError(f"optimum-intel does not export {type(pipeline).__name__}: {lines[:300]}") from error
+    core = ov.Core()
+    for name, model in lazy.items():
+        if model.turns > 1:
+            _log.warning(
+                "%s is called %d times a step with these arguments, and OVDiffusionPipeline keeps one state: such calls compute "
+                "everything; guidance in one batch, or none, skips",
+                name,
+                model.turns,
+            )
+    for name, model in lazy.items():
+        part = folder / name
+        path = part / to_openvino.MODEL_FILE
+        if not path.is_file():
+            raise ExportError(f"optimum-intel wrote no {path.name} for {name}; it wrote {_listed(folder)}")
+        traced = trace(model)
+        converted = to_openvino.convert(traced, telemetry=telemetry)
+        converted = to_openvino.with_ports_of(converted, core.read_model(path))
+        path.unlink()
+        path.with_suffix(".bin").unlink(missing_ok=True)
+        to_openvino.write(converted, part)
+        card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
+        (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, format: str, telemetry: bool) -> None:
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    index |= {name: [None, None] for name in lazy}  # diffusers is not to look for weights there
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name, model in lazy.items():
+        part = folder / name
+        config = (part / "config.json").read_text(encoding="utf-8")
+        shutil.rmtree(part)
+        export_model(model, part, format, telemetry=telemetry)
+        (part / "config.json").write_text(config, encoding="utf-8")
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(sorted(path.parent.name for path in folder.glob("*/*.xml"))) or "nothing"
+
+
+__all__ = ["export_folder", "export_pipeline", "load_pipeline", "local_folder", "optimum_knows"]
