@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench docs check-extras clean
 
 help:
 	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks: long, prints ratios"
 	@echo "make docs   write the generated pages of docs/"
+	@echo "make check-extras   a fresh environment per extra, and the README's quick start in it: long"
 
 $(STAMP): constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +36,9 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/lazycompress recipes --reference > docs/recipes.md
 	$(BIN)/python -m tests.coverage --write docs/coverage.md
+
+check-extras: $(STAMP)
+	$(BIN)/python -m tests.extras
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

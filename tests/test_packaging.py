@@ -1,0 +1,129 @@
+"""The wheel: what is in it; and the package without its extras: what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the sources, so that nothing is left in the working tree."""
+    import shutil
+
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("lazycompress", "integrations", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(out),
+        ".",
+    ]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = out.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_the_package_the_shim_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"lazycompress", "optimum"}
+    assert [name for name in names if name.startswith("optimum/")] == [
+        "optimum/commands/register/register_lazycompress.py"
+    ]
+    in_wheel = {name for name in names if name.startswith("lazycompress/")}
+    expected = set()
+    for folder, target in (
+        ("lazycompress", "lazycompress"), ("integrations/diffusers", "lazycompress/integrations/diffusers"),
+        ("integrations/digits", "lazycompress/integrations/digits"), ("recipes", "lazycompress/recipes"),
+    ):  # fmt: skip
+        expected |= {
+            f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+    assert in_wheel == expected | {"lazycompress/integrations/__init__.py"}
+
+
+def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import lazycompress, lazycompress.integrations.digits.model as m; from lazycompress.recipe import shipped_recipes; "
+        "print(lazycompress.__file__, len(shipped_recipes()), type(m.load_bundled()).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    path, recipes, model = done.stdout.split()
+    assert path.startswith(str(tmp_path))
+    assert int(recipes) >= 2
+    assert model == "DiTTransformer2DModel"
+
+
+def without(packages: list[str], code: str) -> str:
+    """Standard output of `code` in an interpreter where `packages` cannot be imported."""
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in packages)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {blocked}\n{code}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+EXTRAS = ["diffusers", "transformers", "accelerate", "matplotlib", "openvino", "nncf", "onnx", "onnxruntime",
+          "onnxscript", "optimum", "sklearn", "scipy"]  # fmt: skip
+
+
+def test_the_core_imports_without_extras_and_fast() -> None:
+    code = "from lazycompress import Recipe, LazyModel, apply, locate, load, save, export; print('yes')"
+    times = []
+    for _ in range(2):  # the first may compile bytecode
+        started = time.perf_counter()
+        assert without(EXTRAS, "import lazycompress; print('yes')") == "yes"
+        times.append(time.perf_counter() - started)
+    assert min(times) < 3.0
+    assert without(EXTRAS, code) == "yes"
+
+
+@pytest.mark.parametrize(
+    ("packages", "act", "extra"),
+    [
+        (["diffusers"], "from lazycompress.integrations.diffusers import load_denoiser", "train"),
+        (["diffusers"], "import lazycompress; lazycompress.apply(object())", "train"),
+        (["openvino"], "import lazycompress.export.openvino", "openvino"),
+        (["openvino"], "import lazycompress.export.openvino_runner", "openvino"),
+        (["onnx"], "import lazycompress.export.onnx", "onnx"),
+        (["onnxruntime"], "import lazycompress.export.onnx_runner", "onnx"),
+    ],
+)
+def test_a_missing_extra_is_one_line_that_names_it(packages: list[str], act: str, extra: str) -> None:
+    code = f"""
+from lazycompress import MissingExtraError
+try:
+    {act.replace("; ", chr(10) + "    ")}
+except MissingExtraError as error:
+    print(error)
+"""
+    said = without(packages, code)
+    assert f"lazycompress[{extra}]" in said
+    assert len(said.splitlines()) == 1
