@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..gate import decide, forecast, select, trend
+from ..gate import decide, forecast, moved, select, trend
 
 
 class Controller(Protocol):
@@ -36,8 +36,8 @@ class LazyBranch(nn.Module):
     """One branch: `forward(score, valid, threshold, caches, operands, rates, pace) -> (outputs, lazy, rates)`.
 
     Per sample: the branch runs on the samples that compute, gathered; the others go on from their cache. Where some operand
-    cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes. Without rates the
-    others repeat their cache.
+    cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes. Rates come stream by
+    stream, the same number for each cache; without any the others repeat their cache.
     """
 
     def __init__(
@@ -101,10 +101,11 @@ class LazyBranch(nn.Module):
 
     def nobody(self, caches: Sequence[Tensor], rates: Sequence[Tensor], pace: Tensor) -> list[Tensor]:
         """Outputs and rates where no sample computes."""
-        if not rates:
-            return list(caches)
-        together = zip(caches, rates, self.scales, strict=True)
-        return [*(forecast(cache, rate, pace, scale) for cache, rate, scale in together), *rates]
+        together = list(zip(caches, _grouped(rates, len(caches)), self.scales, strict=True))
+        return [
+            *(forecast(cache, own, pace, scale) for cache, own, scale in together),
+            *(rate for _, own, scale in together for rate in moved(own, pace, scale)),
+        ]
 
     def everyone(
         self, caches: Sequence[Tensor], operands: Sequence[Tensor], rates: Sequence[Tensor], pace: Tensor
@@ -113,8 +114,11 @@ class LazyBranch(nn.Module):
         fresh = self.run(operands)
         if not rates:
             return fresh
-        together = zip(fresh, caches, rates, self.scales, strict=True)
-        return [*fresh, *(trend(f, fit(c, f.shape[0]), fit(r, f.shape[0]), pace, k) for f, c, r, k in together)]
+        found = list(fresh)
+        for new, cache, own, scale in zip(fresh, caches, _grouped(rates, len(caches)), self.scales, strict=True):
+            count = new.shape[0]
+            found += trend(new, fit(cache, count), [fit(rate, count) for rate in own], pace, scale)
+        return found
 
     def some(
         self,
@@ -134,15 +138,13 @@ class LazyBranch(nn.Module):
             fresh = [take(new, place, rows) for new, rows in zip(self.run(cut), self.outputs, strict=True)]
         else:
             fresh = self.run(operands)
-        old = [fit(cache, new.shape[0]) for cache, new in zip(caches, fresh, strict=True)]
-        if not rates:
-            return [select(new, kept, lazy) for new, kept in zip(fresh, old, strict=True)]
-        slow = [fit(rate, new.shape[0]) for rate, new in zip(rates, fresh, strict=True)]
-        together = list(zip(fresh, old, slow, self.scales, strict=True))
-        return [
-            *(select(f, forecast(c, r, pace, k), lazy) for f, c, r, k in together),
-            *(select(trend(f, c, r, pace, k), r, lazy) for f, c, r, k in together),
-        ]
+        outputs, changed = [], []
+        for new, cache, own, scale in zip(fresh, caches, _grouped(rates, len(caches)), self.scales, strict=True):
+            old, slow = fit(cache, new.shape[0]), [fit(rate, new.shape[0]) for rate in own]
+            outputs.append(select(new, forecast(old, slow, pace, scale), lazy))
+            after = zip(trend(new, old, slow, pace, scale), moved(slow, pace, scale), strict=True)
+            changed += [select(computed, kept, lazy) for computed, kept in after]
+        return outputs + changed
 
     def _compiled(
         self,
@@ -233,6 +235,12 @@ class _Swapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.branch, name)
+
+
+def _grouped(rates: Sequence[Tensor], caches: int) -> list[Sequence[Tensor]]:
+    """The rates of each cache."""
+    each = len(rates) // caches
+    return [rates[k * each : (k + 1) * each] for k in range(caches)]
 
 
 def computing(lazy: Tensor) -> Tensor:

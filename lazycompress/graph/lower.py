@@ -36,6 +36,7 @@ def lower(flat: LazyGraph) -> LazyGraph:
     number = {node: i for i, node in enumerate(nodes)}
     entries: dict[int, dict[int, fx.Node]] = {}
     selects: dict[int, list[fx.Node]] = {}
+    #: Of each branch, stream by stream.
     holds: dict[int, list[fx.Node]] = {}
     branch_of_lazy: dict[fx.Node, int] = {}
     for node in nodes:
@@ -84,10 +85,10 @@ def lower(flat: LazyGraph) -> LazyGraph:
                 i = branch_of_lazy[node]
                 branch, outside = parts[i]
                 caches = caches_of[i]
-                rates = [h.all_input_nodes[2] for h in holds.get(i, ())]
+                rates = [h.args[2][h.args[6]] for h in holds.get(i, ())]  # type: ignore[index]
                 score, valid, threshold = node.all_input_nodes
                 # Without rates there is no pace to read: any tensor stands for it.
-                pace = holds[i][0].all_input_nodes[4] if i in holds else valid
+                pace: Any = holds[i][0].args[4] if i in holds else valid
                 branch.scheduled = score.target in (_ops.scheduled, _ops.scheduled.default)
                 needed = [*outside, *caches, *rates, score, valid, threshold, pace]
                 if any(n not in mapped for n in needed):
@@ -117,7 +118,7 @@ def lower(flat: LazyGraph) -> LazyGraph:
                     kept = graph.call_function(_getitem, (call, 2))
                     for position, held in enumerate(holds[i]):
                         mapped[held] = graph.call_function(_getitem, (kept, position))
-                        mapped[held].meta = dict(selects[i][position].meta)
+                        mapped[held].meta = dict(selects[i][position // (len(rates) // len(caches))].meta)
             elif node in mapped:
                 continue
             elif any(used not in mapped for used in node.all_input_nodes):

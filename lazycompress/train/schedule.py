@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .forecast import forecast_weights
 from .trajectory import Effects
 
 Floats = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ class Planner:
         effects: from `linearise`, joined over batches.
         macs: of each branch, any unit.
         limits: where reuse is allowed.
-        order: 1 where reuse goes on along the line through the last two computations, 0 where it repeats the last one.
+        order: of the polynomial through the last computations that reuse goes on along; 0 repeats the last one.
         scale: errors well above this count logarithmically; None takes four times the median error of the offset, or
             counts all errors as they are where the offset is zero (around the dense trajectory).
     """
@@ -147,25 +148,12 @@ class Planner:
 
     def _column(self, branch: int, decisions: Bools) -> Floats:
         ages = run_lengths(decisions)
-        steps = np.flatnonzero(ages) if self.order else np.arange(self.shape[0])
-        column: Floats
-        if not self.order:
-            column = self.table[steps, branch, ages].sum(axis=0)
-            return column
-        last = steps - ages[steps]
-        # The computation before the last one; where there is none, the line is flat.
-        index = np.arange(self.shape[0])
-        computed = np.maximum.accumulate(np.where(ages == 0, index, -1))
-        first = np.where(last > 0, computed[np.maximum(last - 1, 0)], last)
-        gap = last - first
-        q = np.where(
-            gap > 0,
-            (self.times[steps] - self.times[last]) / np.where(gap > 0, self.times[last] - self.times[first], 1),
-            0,
-        )
-        of_last, of_first = self.table[steps, branch, ages[steps]], self.table[steps, branch, ages[steps] + gap]
-        column = self.table[ages == 0, branch, 0].sum(axis=0)
-        column += (1 + q) @ of_last - q @ of_first
+        computed = np.flatnonzero(ages == 0)
+        column: Floats = self.table[computed, branch, 0].sum(axis=0)
+        lazy = np.flatnonzero(ages)
+        if lazy.size:
+            for weights, points in forecast_weights(self.times, computed, lazy, self.order):
+                column += weights @ self.table[lazy, branch, lazy - points]
         return column
 
     def _flips(self, branch: int, decisions: Bools, column: Floats, to: bool) -> tuple[list[int], Floats]:

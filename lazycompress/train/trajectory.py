@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..runtime import LazyModel
 from ..sampling import Sampler
+from .forecast import forecast_weights
 
 
 @dataclass
@@ -113,7 +115,7 @@ class _Tape:
         if not reuse:
             # Before the first step nothing depends on a gradient: the output becomes the tape's leaf.
             leaves = [f if f.requires_grad or not self.record else f.detach().requires_grad_() for f in fresh]
-            before = self._kept[key][-1:] if may_reuse and key in self._kept else []
+            before = self._kept[key][-self.order :] if self.order and may_reuse and key in self._kept else []
             self._kept[key] = [*before, (step, leaves)]
         outputs = self._outputs(self._kept[key], step)
         if self.record:
@@ -123,11 +125,13 @@ class _Tape:
 
     def _outputs(self, kept: list[tuple[int, list[Tensor]]], step: int) -> list[Tensor]:
         last, values = kept[-1]
-        if step == last or len(kept) < 2 or not self.order:
+        if step == last or len(kept) < 2:
             return [value.view_as(value) for value in values]
-        (first, older), _ = kept
-        q = (self.times[step] - self.times[last]) / (self.times[last] - self.times[first])
-        return [value + q * (value - old) for value, old in zip(values, older, strict=True)]
+        computed = np.array([at for at, _ in kept])
+        found = forecast_weights(np.array(self.times), computed, np.array([step]), len(kept) - 1)
+        weights = [float(weight[0]) for weight, _ in reversed(found)]
+        parts = zip(*(values for _, values in kept), strict=True)
+        return [sum_of(weights, part) for part in parts]
 
     def _begin(self, may_reuse: bool, batch: int) -> None:
         self._call, self._context, self.batch = self.lazy.usage.calls, self.lazy.context, batch
@@ -150,6 +154,14 @@ class _Tape:
         if self.batch % images:
             return (values.sum(dim=0) / images).expand(images, *values.shape[1:]).cpu()
         return values.reshape(-1, images, *values.shape[1:]).sum(dim=0).cpu()
+
+
+def sum_of(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of some tensors."""
+    total = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * value
+    return total
 
 
 def run(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None) -> Tensor:
@@ -220,7 +232,7 @@ def linearise(
     flat = image.reshape(samples, -1)
     difference = torch.zeros_like(flat) if dense is None else (flat - dense.reshape(samples, -1)).detach()
     generator = torch.Generator().manual_seed(seed)
-    ages = max_age + 1 + (max_age + 1) * tape.order
+    ages = (max_age + 1) * (1 + tape.order)
     effects = torch.zeros(samples, probes, steps, branches, ages)
     offset = torch.zeros(samples, probes)
     for k in range(probes):
