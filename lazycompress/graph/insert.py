@@ -2,9 +2,9 @@
 
 The flat graph computes every branch and then selects; it is the reference that every lowered and exported form must
 equal, and the form that quantization works on. Its placeholders, in order: the model's tensors, `lazy_threshold`,
-`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 2 + 2 * branches] (when the image began, when the last call
-was, when each branch was last computed, and when before that), one cache per stream of each branch, then as many rates for each
-cache as the gates' order says.
+`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 2 + 2 * branches] (when the image began, when the last
+call was, when each branch was last computed, and when before that), one cache per stream of each branch, then as many rates for
+each cache as the order of the gates says.
 Its outputs, one flat tuple: the model's outputs, then the state for the next call in the same order, then `lazy`
 [branches, batch].
 """

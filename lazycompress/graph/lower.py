@@ -85,7 +85,7 @@ def lower(flat: LazyGraph) -> LazyGraph:
                 i = branch_of_lazy[node]
                 branch, outside = parts[i]
                 caches = caches_of[i]
-                rates = [h.args[2][h.args[6]] for h in holds.get(i, ())]  # type: ignore[index]
+                rates = [_rate_of(held) for held in holds.get(i, ())]
                 score, valid, threshold = node.all_input_nodes
                 # Without rates there is no pace to read: any tensor stands for it.
                 pace: Any = holds[i][0].args[4] if i in holds else valid
@@ -152,6 +152,14 @@ def lazy_branches(lowered: LazyGraph) -> list[LazyBranch]:
 
 def _getitem(values: Any, index: int) -> Any:
     return values[index]
+
+
+def _rate_of(hold: fx.Node) -> fx.Node:
+    """The rate that a `hold` keeps."""
+    rates: Any = hold.args[2]
+    which: Any = hold.args[6]
+    rate: fx.Node = rates[which]
+    return rate
 
 
 def _mark_of(decide_node: fx.Node) -> int:
