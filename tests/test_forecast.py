@@ -171,7 +171,7 @@ def test_a_value_that_moves_along_a_polynomial_is_met_exactly(
 def planner_of(effects: Tensor, times: Tensor, order: int) -> Planner:
     samples, probes, steps, branches, _ = effects.shape
     made = Effects(
-        effects, torch.zeros(samples, probes), torch.zeros(samples), times.float(), times.double(),
+        effects, effects[:, :, :0, :1], torch.zeros(samples, probes), torch.zeros(samples), times.float(), times.double(),
         torch.ones(steps).bool(), 0.0, torch.zeros(samples, 1),
     )  # fmt: skip
     return Planner(made, [1] * branches, Limits(np.ones((steps, branches), dtype=bool), 3), order)
@@ -218,7 +218,7 @@ def test_effects_around_a_schedule_predict_what_one_more_forecast_does(order: in
         more[step, branch] = not more[step, branch]
         image = run(lazy, sampler, more)
         change = (image - before).square().flatten(1).mean(1)
-        column = planner._column(branch, more[:, branch].numpy()) - planner._column(branch, schedule[:, branch].numpy())
+        column = planner.column(branch, more[:, branch].numpy()) - planner.column(branch, schedule[:, branch].numpy())
         predicted.append(float((column**2).mean()))
         measured.append(float(change.mean()))
     ratio = np.array(predicted) / np.array(measured)

@@ -85,7 +85,7 @@ class Planner:
             target where the limits leave nothing to add.
         """
         schedule = np.zeros(self.shape, dtype=bool) if schedule is None else schedule.copy()
-        columns = np.stack([self._column(b, schedule[:, b]) for b in range(self.shape[1])])
+        columns = np.stack([self.column(b, schedule[:, b]) for b in range(self.shape[1])])
         total = self.offset + columns.sum(axis=0)
         order: list[tuple[int, int]] = []
         # A change in one branch leaves the others' columns as they are: only its own candidates are made again.
@@ -105,7 +105,7 @@ class Planner:
             _, b, t = best
             schedule[t, b] = True
             order.append((t, b))
-            column = self._column(b, schedule[:, b])
+            column = self.column(b, schedule[:, b])
             total = total - columns[b] + column
             columns[b] = column
             candidates[b] = self._flips(b, schedule[:, b], column, to=True)
@@ -115,7 +115,7 @@ class Planner:
         """Exchange a reuse for another while that lowers the predicted error, at most `rounds` times."""
         schedule = schedule.copy()
         for _ in range(rounds):
-            columns = np.stack([self._column(b, schedule[:, b]) for b in range(self.shape[1])])
+            columns = np.stack([self.column(b, schedule[:, b]) for b in range(self.shape[1])])
             total = self.offset + columns.sum(axis=0)
             removed = self._all_flips(schedule, columns, to=False, total=total, shortlist=shortlist)
             added = self._all_flips(schedule, columns, to=True, total=total, shortlist=shortlist)
@@ -142,11 +142,12 @@ class Planner:
         return schedule
 
     def _total(self, schedule: Bools) -> Floats:
-        columns = [self._column(b, schedule[:, b]) for b in range(self.shape[1])]
+        columns = [self.column(b, schedule[:, b]) for b in range(self.shape[1])]
         total: Floats = self.offset + np.sum(columns, axis=0)
         return total
 
-    def _column(self, branch: int, decisions: Bools) -> Floats:
+    def column(self, branch: int, decisions: Bools) -> Floats:
+        """Projected change of the image by one branch's decisions, bool [steps]: [samples * probes]."""
         ages = run_lengths(decisions)
         computed = np.flatnonzero(ages == 0)
         column: Floats = self.table[computed, branch, 0].sum(axis=0)
@@ -165,7 +166,7 @@ class Planner:
             if run_lengths(flipped).max() > self.limits.max_reuse:
                 continue
             steps.append(int(t))
-            changes.append(self._column(branch, flipped) - column)
+            changes.append(self.column(branch, flipped) - column)
         return steps, np.stack(changes) if changes else np.zeros((0, column.size))
 
     def _all_flips(
@@ -182,26 +183,6 @@ class Planner:
         # Per MAC: a cheap branch must not win the shortlist by its size alone.
         best = np.argsort((errors - float(self.error(total))) / costs)[:shortlist]
         return [found[k] for k in best]
-
-
-def whole_steps(planner: Planner, target: float, first: int, power: float) -> Bools | None:
-    """A schedule that reuses all branches at the same steps, with at most `target` of the MACs computed.
-
-    The first `first` steps are computed, and others that are spread evenly over (position / steps) ** (1 / power): a power
-    below 1 has them denser towards the end. None if the limits allow no such schedule.
-    """
-    steps, branches = planner.shape
-    for count in range(min(steps, int(target * steps + 1e-9)), first, -1):
-        spread = (np.arange(count - first) / (count - first)) ** power
-        schedule = np.ones((steps, branches), dtype=bool)
-        schedule[:first] = False
-        schedule[first + np.floor(spread * (steps - first) + 1e-6).astype(int)] = False
-        schedule &= planner.limits.allowed
-        if any(run_lengths(schedule[:, b]).max() > planner.limits.max_reuse for b in range(branches)):
-            return None
-        if planner.macs_ratio(schedule) <= target + 1e-9:
-            return schedule
-    return None
 
 
 def run_lengths(decisions: Bools) -> npt.NDArray[np.int64]:
