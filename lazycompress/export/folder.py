@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -111,10 +110,7 @@ def _write(
     decide: Granularity,
 ) -> dict[str, Any]:
     """Write the model's files; returns the card. What was traced is freed on return."""
-    # ONNX Runtime computes in 8 bits inside of `If` only what it quantizes itself: it gets the model before that.
-    dynamic = format == "onnx" and "quantize" in lazy.stages
-    with lazy.before_quantization() if dynamic else nullcontext():
-        traced = trace(lazy, one_batch=not stateful, decide=decide)
+    traced = trace(lazy, one_batch=not stateful, decide=decide)
     details: dict[str, Any] = {"weights": weights, "decide": decide, "stages": lazy.stages}
     if format == "openvino":
         from . import openvino as to_openvino
@@ -124,11 +120,11 @@ def _write(
         from . import onnx as to_onnx
 
         model = to_onnx.convert(traced, telemetry=telemetry, weights=weights)
-        path = to_onnx.write(model, folder)
-        if dynamic:
-            from .onnx_int8 import quantize
+        if "quantize" in lazy.stages:
+            from .onnx_int8 import to_integers
 
-            quantize(path)
+            to_integers(model)
+        to_onnx.write(model, folder)
         details |= to_onnx.versions(model)
     return describe(lazy, traced, format, telemetry=telemetry, stateful=stateful) | details
 

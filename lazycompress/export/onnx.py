@@ -26,6 +26,8 @@ try:
     import onnx_ir as ir
     import torch.onnx
     from onnx_ir.traversal import RecursiveGraphIterator
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.rewriter.onnx_fusions import fuse
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("onnx", "onnx", "export to ONNX") from _error
 
@@ -56,13 +58,15 @@ def convert(traced: TracedModel, telemetry: bool = False, weights: Weights = "f3
         with _quiet():
             program = torch.onnx.export(
                 traced.program, (), input_names=traced.inputs, output_names=traced.outputs, dynamo=True, verbose=False,
-                opset_version=OPSET,
+                opset_version=OPSET, optimize=False,
             )  # fmt: skip
+            assert program is not None
+            model: ir.Model = program.model
+            optimize_ir(model, should_fold=lambda node: False if _restores(node) else None)
+            fuse(model)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"ONNX does not take the lowered graph: {' '.join(lines)[-300:]}") from error
-    assert program is not None
-    model: ir.Model = program.model
     if not telemetry:
         decisions = next(output for output in model.graph.outputs if output.name == DECISIONS)
         model.graph.outputs.remove(decisions)
@@ -107,6 +111,14 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _restores(node: ir.Node) -> bool:
+    """Whether a node makes a weight of integers in few bits: small ones would be stored in floating point again."""
+    value = node.inputs[0] if node.op_type == "Cast" else None
+    if value is None or value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) or value.shape is None:
+        return False
+    return len(value.shape) >= 2 and value.shape[-1] != 1
 
 
 def _without_notes(model: ir.Model) -> None:
