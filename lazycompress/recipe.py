@@ -130,13 +130,6 @@ class Quantize(_Section):
         "stop",
         description="where max_error is not kept: stop, or leave out the layers that hurt most, by measurement, until it is",
     )
-    max_error: float | None = Field(
-        None, gt=0.0, description="largest mean squared error of held-out final latents to the model before the stage"
-    )
-    on_error: Literal["stop", "fall_back"] = Field(
-        "stop",
-        description="where max_error is not kept: stop, or leave out the layers that hurt most, by measurement, until it is",
-    )
 
 
 class Weights(_Section):
@@ -153,14 +146,6 @@ class Weights(_Section):
         None, description="scales that minimise the output's error (needs calibration)"
     )
     subset_size: int = Field(32, ge=1, description="calls of the model to calibrate on")
-    ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what keeps its weights as they are")
-    max_error: float | None = Field(
-        None, gt=0.0, description="largest mean squared error of held-out final latents to the model before the stage"
-    )
-    on_error: Literal["stop", "fall_back"] = Field(
-        "stop",
-        description="where max_error is not kept: stop, or leave out the layers that hurt most, by measurement, until it is",
-    )
     ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what keeps its weights as they are")
     max_error: float | None = Field(
         None, gt=0.0, description="largest mean squared error of held-out final latents to the model before the stage"
@@ -237,9 +222,6 @@ class Recipe(_Section):
         self._methods()
         if self.quantize is not None and self.weights is not None:
             raise ValueError("quantize stores weights in 8 bits already: keep one of the sections quantize and weights")
-        size = self.weights.group_size if self.weights is not None else None
-        if size is not None and size != -1 and size < 1:
-            raise ValueError(f"weights.group_size is a number of weights, or -1 for a whole channel; there was {size}")
         size = self.weights.group_size if self.weights is not None else None
         if size is not None and size != -1 and size < 1:
             raise ValueError(f"weights.group_size is a number of weights, or -1 for a whole channel; there was {size}")
