@@ -6,11 +6,13 @@ as a single one would have.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
@@ -46,7 +48,11 @@ class Group:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtraError("accelerate", "train", "training on several processes") from error
-        state: Any = PartialState()
+        # Without an accelerator it has to be told so, or it takes each process for the only one.
+        on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        if not torch.distributed.is_initialized():
+            atexit.register(_leave)
+        state: Any = PartialState(cpu=on_cpu)
         return Group(state.process_index, state.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
     @property
@@ -102,3 +108,9 @@ class Group:
 
         mean: Tensor = reduce(value.detach().clone(), "mean")
         return mean
+
+
+def _leave() -> None:
+    """Ends the connection between the processes: those that end with it open are aborted."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -25,10 +25,36 @@ SHARE = 0.9
 @contextmanager
 def training_mode(lazy: LazyModel, recipe: Recipe) -> Iterator[None]:
     """Within the block the runs with gradients take the memory and the precision that the recipe's training section says."""
-    dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else None
-    cast: Any = nullcontext() if dtype is None else torch.autocast(lazy.device.type, dtype)
-    with recomputed(lazy) if recipe.train.checkpointing else nullcontext(), cast:
+    with (
+        recomputed(lazy) if recipe.train.checkpointing else nullcontext(),
+        autocast(lazy, torch.bfloat16) if recipe.train.precision == "bfloat16" else nullcontext(),
+    ):
         yield
+
+
+@contextmanager
+def autocast(lazy: LazyModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, the lazy model's heavy operations run in `dtype`; the model itself is left as it is.
+
+    Matrices of weights are cast once. Autocast alone would cast, and keep, every frozen weight anew at every call.
+    """
+    cast: dict[int, nn.Parameter] = {}
+    places: list[tuple[nn.Module, str, nn.Parameter]] = []
+    gates = {id(weight) for weight in lazy.gates.parameters()}
+    for module in lazy.program(lazy.example).lowered.graph_module.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.dim() > 1 and weight.dtype is torch.float32 and id(weight) not in gates:
+                places.append((module, name, weight))
+                if id(weight) not in cast:
+                    cast[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    try:
+        for module, name, weight in places:
+            module._parameters[name] = cast[id(weight)]
+        with torch.autocast(lazy.device.type, dtype):
+            yield
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
 
 
 @contextmanager
@@ -130,7 +156,8 @@ class _Recorder:
 
     def __init__(self, lazy: LazyModel) -> None:
         self.lazy = lazy
-        weights = [*lazy.model.parameters(), *lazy.model.buffers(), *lazy.gates.parameters(), *lazy.gates.buffers()]
+        graph = lazy.program(lazy.example).lowered.graph_module  # its weights may be cast ones
+        weights = [*lazy.model.parameters(), *lazy.model.buffers(), *graph.parameters(), *graph.buffers()]
         self.ours = {weight.untyped_storage().data_ptr() for weight in weights}
         self.sizes: dict[int, int] = {}
         #: Held, lest another tensor takes the same place in memory.
