@@ -171,6 +171,28 @@ def test_torch_and_file_decide_alike(
     assert ((reused > 0) & (reused < 1)).any(), "samples of one batch decide differently"
 
 
+@pytest.mark.parametrize("options", [{"preset": "performance"}, {"smooth_quant_alpha": 0.5}], ids=str)
+def test_other_ways_to_quantize_are_integers_in_onnx_too(options: dict[str, Any], tmp_path: Path) -> None:
+    model: Any = two_blocks()
+    model.transformer_blocks = model.transformer_blocks[:1]
+    lazy = make(model)
+    quantize(lazy, sampler, Quantize(subset_size=6, **options))
+    path = lazycompress.export(lazy, tmp_path / "out", format="onnx", weights="f16")
+    in_bodies = {key[1:]: count for key, count in onnx_matmuls(path).items() if key[0] == "body"}
+    assert in_bodies == {("MatMulIntegerToFloat", "INT8"): LAYERS // 2 * BODIES, ("MatMul", "activation"): 2 * BODIES}
+    runner = start(path, "onnx")
+    lazy.reset()
+    for time in (900, 800, 700):
+        inputs = {
+            "hidden_states": draw_noise(4, time),
+            "timestep": torch.full((4,), time),
+            "class_labels": torch.arange(4),
+        }
+        with torch.no_grad():
+            expected = lazy(**inputs).sample
+        assert float((runner(**inputs).sample - expected).square().mean()) < 1e-3 * float(expected.square().mean())
+
+
 @pytest.mark.parametrize("stage", ["int8", "int4"])
 def test_the_error_is_small_and_not_zero(stage: str, request: pytest.FixtureRequest) -> None:
     lazy: LazyModel = request.getfixturevalue(stage)

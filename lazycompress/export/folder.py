@@ -119,11 +119,7 @@ def _write(
     else:
         from . import onnx as to_onnx
 
-        model = to_onnx.convert(traced, telemetry=telemetry, weights=weights)
-        if "quantize" in lazy.stages:
-            from .onnx_int8 import to_integers
-
-            to_integers(model)
+        model = to_onnx.convert(traced, telemetry=telemetry, weights=weights, eight_bits="quantize" in lazy.stages)
         to_onnx.write(model, folder)
         details |= to_onnx.versions(model)
     return describe(lazy, traced, format, telemetry=telemetry, stateful=stateful) | details

@@ -28,6 +28,8 @@ try:
     from onnx_ir.traversal import RecursiveGraphIterator
     from onnxscript.optimizer import optimize_ir
     from onnxscript.rewriter.onnx_fusions import fuse
+
+    from .onnx_int8 import to_integers
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("onnx", "onnx", "export to ONNX") from _error
 
@@ -43,13 +45,16 @@ _TYPES = {"f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def convert(traced: TracedModel, telemetry: bool = False, weights: Weights = "f32") -> ir.Model:
+def convert(
+    traced: TracedModel, telemetry: bool = False, weights: Weights = "f32", eight_bits: bool = False
+) -> ir.Model:
     """Convert a traced lazy model.
 
     Args:
         traced: the program and its names, traced with one batch size for inputs and state.
         telemetry: keep the output `lazy_decisions`, float32 [branches, batch], 1 where a branch was reused.
         weights: how float32 weights are stored.
+        eight_bits: the branches are quantized: their matmuls become integer ones.
 
     Raises:
         ExportError: the converter does not take the program.
@@ -72,6 +77,8 @@ def convert(traced: TracedModel, telemetry: bool = False, weights: Weights = "f3
         model.graph.outputs.remove(decisions)
     _without_notes(model)
     _store_4_bits(model)
+    if eight_bits:
+        to_integers(model)
     if weights != "f32":
         _store_as(model, weights)
     return model

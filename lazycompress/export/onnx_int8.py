@@ -9,16 +9,21 @@ scales than those that were calibrated. So the pairs are replaced when the file 
 1. Matmuls of a quantized value and a quantized weight, in the bodies, with or without a bias, become one integer matmul each.
    What only moves values between the two (transpose, reshape) moves integers then.
 2. Weights are stored the way it reads them, [inputs, outputs], once for all bodies that share one.
-3. All else stays as it is: products of two activations (attention), what the recipe left out, convolutions.
+3. Activations are stored without a sign: of two signed operands ONNX Runtime has no fast product on x86.
+4. All else stays as it is: products of two activations (attention), what the recipe left out, convolutions. A quantized
+   matmul of another form would be computed in floating point: that is told.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+
+_log = logging.getLogger(__name__)
 
 _DOMAIN = "com.microsoft"
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
@@ -83,8 +88,14 @@ def _in_body(graph: ir.Graph, stored: _Stored) -> int:
     for node in list(graph):
         for body in _bodies(node):
             changed += _in_body(body, stored)
-        if node.op_type in ("MatMul", "Gemm"):
-            changed += _replace(graph, node, stored)
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        if _replace(graph, node, stored):
+            changed += 1
+        elif _dequantize_of(node.inputs[0])[1] is not None:
+            _log.warning(
+                "lazycompress: ONNX Runtime computes %s in floating point: not a form that is known", node.name
+            )
     for node in reversed(list(graph)):  # what only the float matmuls read
         if all(not out.uses() and not out.is_graph_output() for out in node.outputs):
             graph.remove(node, safe=True)
@@ -114,6 +125,7 @@ def _replace(graph: ir.Graph, node: ir.Node, stored: _Stored) -> bool:
     last, bias = node, node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     if bias is None and (added := _bias_after(node)) is not None:
         last, bias = added
+    quantized, zero = _unsigned(graph, node, quantized, zero, stored)
     for move in moves:
         moved = ir.Node("", move.op_type, [quantized, *move.inputs[1:]], list(move.attributes.values()), num_outputs=1,
                         name=f"{node.name}_{move.name}_in8bits")  # fmt: skip
@@ -129,6 +141,28 @@ def _replace(graph: ir.Graph, node: ir.Node, stored: _Stored) -> bool:
     old.replace_all_uses_with(result, replace_graph_outputs=True)
     old.name, result.name = f"{old.name}_before", old.name
     return True
+
+
+def _unsigned(
+    graph: ir.Graph, node: ir.Node, quantized: ir.Value, zero: ir.Value | None, stored: _Stored
+) -> tuple[ir.Value, ir.Value | None]:
+    """Rule 3: the same numbers from 0 to 255, and their zero point."""
+    codes, quantize = _constant(zero), quantized.producer()
+    if codes is None or codes.dtype != np.int8 or quantize is None or quantize.op_type != "QuantizeLinear":
+        return quantized, zero
+    name = f"{zero.name if zero is not None else ''}.unsigned"
+    shifted = stored.graph.initializers.get(name) or stored.add(name, (codes.astype(np.int16) + 128).astype(np.uint8))
+    again = ir.Node(
+        "",
+        "QuantizeLinear",
+        [*quantize.inputs[:2], shifted],
+        num_outputs=1,
+        name=f"{node.name}_{quantize.name}_unsigned",
+    )
+    again.outputs[0].name = f"{quantized.name}.{node.name}.unsigned"
+    again.outputs[0].shape, again.outputs[0].type = quantized.shape, ir.TensorType(ir.DataType.UINT8)
+    graph.insert_before(node, again)
+    return again.outputs[0], shifted
 
 
 def _dequantize_of(value: ir.Value | None) -> tuple[list[ir.Node], ir.Node | None]:
