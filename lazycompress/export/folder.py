@@ -73,13 +73,12 @@ def export(
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     with whole_folder(target) as folder:
         card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide)
-        write_card(card, folder)
         if check:
             found = record(lazy, decide)
             save_record(found, folder)
             exact = weights == "f32" and not lazy.stages
             tolerance = max(_TOLERANCES[weights], _COMPOSED if lazy.stages else 0.0)
-            report = compare(target, found, start(folder), tolerance, allowed=0 if exact else sys.maxsize)
+            report = compare(target, found, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
             if not report.ok:
                 raise ExportError(f"the written file does not give what torch gives: {report}")
             card["parity"] = {
@@ -89,8 +88,11 @@ def export(
                 "flipped": report.flipped,
             }
         card["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CARD_FILE}
+        for path in folder.iterdir():
+            _flush(path)
+        # Last: what a killed export leaves has no card, and does not load.
         write_card(card, folder)
-        for path in [*folder.iterdir(), folder]:
+        for path in (folder / CARD_FILE, folder):
             _flush(path)
     return target
 

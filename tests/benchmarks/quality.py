@@ -165,7 +165,7 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
         return methods.timed(sample, model, noise, count, lambda: count / steps)
 
     # What forecasts are worth is seen on one seed.
-    repeat = train(case, model, {"forecast": False})[0] if seed == 0 else None
+    repeat = train(case, model, {"forecast": 0})[0] if seed == 0 else None
     paper, paper_cost = train(case, model, {**PAPER, "train.seed": seed})
     calibration = draw_noise(64, 20_000 + seed)
     for target in TARGETS:
@@ -219,7 +219,7 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
     }
 
 
-PAPER = {"train.method": "paper", "forecast": False, "guards.max_reuse": 1000}
+PAPER = {"train.method": "paper", "forecast": 0, "guards.max_reuse": 1000}
 
 
 def train(case: Case, model: nn.Module, overrides: dict[str, Any]) -> tuple[LazyModel, dict[str, float]]:
