@@ -42,6 +42,7 @@ bench-compose: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.compose_accuracy
 
 bench-quality: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps cache-dit
 	$(BIN)/python -m tests.benchmarks.quality
 	$(BIN)/python -m tests.benchmarks.quality --write docs/quality.md
 
