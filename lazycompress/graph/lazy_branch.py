@@ -12,7 +12,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..gate import decide, forecast, select, trend
 
@@ -48,6 +47,7 @@ class LazyBranch(nn.Module):
         outputs: list[int],
         gather: bool,
         scales: list[int],
+        shapes: fx.GraphModule,
     ) -> None:
         super().__init__()
         self.index = index
@@ -55,6 +55,8 @@ class LazyBranch(nn.Module):
         self.operands = operands
         self.outputs = outputs
         self.gather = gather
+        #: From the operands the sizes of each output, as far as they are dynamic: what a cache that is used has too.
+        self.shapes = shapes
         #: Rows of dim 0 per sample that each cache has.
         self.scales = scales
         #: One decision for the whole batch: everyone reuses or everyone computes. Nothing is gathered then.
@@ -114,7 +116,7 @@ class LazyBranch(nn.Module):
         if not rates:
             return fresh
         together = zip(fresh, caches, rates, self.scales, strict=True)
-        return [*fresh, *(trend(f, fit(c, f.shape[0]), fit(r, f.shape[0]), pace, k) for f, c, r, k in together)]
+        return [*fresh, *(trend(f, c, r, pace, k) for f, c, r, k in together)]
 
     def some(
         self,
@@ -134,11 +136,9 @@ class LazyBranch(nn.Module):
             fresh = [take(new, place, rows) for new, rows in zip(self.run(cut), self.outputs, strict=True)]
         else:
             fresh = self.run(operands)
-        old = [fit(cache, new.shape[0]) for cache, new in zip(caches, fresh, strict=True)]
         if not rates:
-            return [select(new, kept, lazy) for new, kept in zip(fresh, old, strict=True)]
-        slow = [fit(rate, new.shape[0]) for rate, new in zip(rates, fresh, strict=True)]
-        together = list(zip(fresh, old, slow, self.scales, strict=True))
+            return [select(new, cache, lazy) for new, cache in zip(fresh, caches, strict=True)]
+        together = list(zip(fresh, caches, rates, self.scales, strict=True))
         return [
             *(select(f, forecast(c, r, pace, k), lazy) for f, c, r, k in together),
             *(select(trend(f, c, r, pace, k), r, lazy) for f, c, r, k in together),
@@ -208,11 +208,19 @@ class LazyBranch(nn.Module):
         if self.whole_batch:
             reuse = lambda *rest: nobody(lazy, lazy, *rest)  # noqa: E731
             compute = lambda *rest: everyone(lazy, lazy, *rest)  # noqa: E731
-            return list(cond(lazy.any(), reuse, compute, tensors))
+            return self._sized(cond(lazy.any(), reuse, compute, tensors), operands)
         # Outside of the bodies: a size that only the data knows may not be born inside and leave them.
         samples = computing(lazy)
         # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
-        return list(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *tensors)))
+        return self._sized(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *tensors)), operands)
+
+    def _sized(self, results: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        """Results of which `torch.export` knows the sizes, whichever way they came."""
+        shapes = self.shapes(*operands)
+        for number, result in enumerate(results):
+            for dim, size in shapes[number % len(shapes)]:
+                torch._check(result.shape[dim] == size)
+        return list(results)
 
 
 class _Swapped:
@@ -250,13 +258,3 @@ def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
         return value.index_select(0, samples)
     folded = value.reshape(-1, rows, *value.shape[1:])
     return folded.index_select(0, samples).reshape(-1, *value.shape[1:])
-
-
-def fit(old: Tensor, rows: int) -> Tensor:
-    """A cache with that many rows.
-
-    It has another number where nothing of it is kept: the state of an exported model before its first image.
-    """
-    if statically_known_true(old.shape[0] == rows):
-        return old
-    return old.index_select(0, torch.arange(rows, device=old.device).clamp(max=old.shape[0] - 1))
