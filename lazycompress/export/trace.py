@@ -48,6 +48,9 @@ Weights = Literal["f32", "f16", "bf16"]
 
 DECISIONS = "lazy_decisions"
 
+#: Tokens, height and so on of the past that a model is traced with.
+_PAST = 3
+
 
 def is_weight(name: str, size: int) -> bool:
     """Whether a float32 constant may be stored with fewer bits: large, and no part of a gate."""
@@ -87,7 +90,7 @@ def granularity(lowered: LazyGraph, value: Granularity) -> Iterator[None]:
 
 
 def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sample") -> TracedModel:
-    """Trace a lazy model for the call it was captured with, for any batch size.
+    """Trace a lazy model for the call it was captured with, for any batch size and all sizes that the capture has.
 
     Args:
         lazy: the model.
@@ -107,8 +110,17 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
     ]
     batch = examples[call.latents].shape[0]
     past = [spec.fresh(batch if one_batch else batch + 1, call.tensors[0].device) for spec in lowered.state]
-    dynamic = [None if leaf.batch_dim is None else {leaf.batch_dim: Dim.AUTO} for leaf in call.leaves]
-    dynamic += [{0: Dim.AUTO} for _ in past]
+    # A past of other sizes than the call's: what its sizes are must not be taken for granted.
+    past = [
+        value.expand([_PAST if size == -2 else -1 for size in spec.shape])
+        for value, spec in zip(past, lowered.state, strict=True)
+    ]
+    sizes = program.captured.sizes.dynamic
+    free = [
+        [*dims, *([] if leaf.batch_dim is None else [leaf.batch_dim])]
+        for dims, leaf in zip(sizes, call.leaves, strict=True)
+    ] + [[d for d, size in enumerate(spec.shape) if size < 0] for spec in lowered.state]
+    dynamic = [dict.fromkeys(dims, Dim.AUTO) or None for dims in free]
     exportable = _Exportable(lowered, float(lazy.gates.threshold), one_batch)
     try:
         with torch.no_grad(), granularity(lowered, decide), warnings.catch_warnings():
@@ -121,9 +133,9 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         raise ExportError(f"torch.export does not take the lowered graph: {first[:300]}") from error
     make_portable(exported)
     shapes = [
-        [-1 if d == leaf.batch_dim else size for d, size in enumerate(t.shape)]
-        for t, leaf in zip(examples, call.leaves, strict=True)
-    ] + [list(spec.shape) for spec in lowered.state]
+        [-1 if d in dims else size for d, size in enumerate(t.shape)]
+        for t, dims in zip([*examples, *past], free, strict=True)
+    ]
     names = [leaf.name for leaf in call.leaves]
     present = [spec.name.replace("past", "present", 1) for spec in lowered.state]
     outputs = _output_names(program.captured.output_spec, lowered.outputs)

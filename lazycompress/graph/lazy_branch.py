@@ -6,6 +6,7 @@ compiled graph breaks there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -47,7 +48,7 @@ class LazyBranch(nn.Module):
         outputs: list[int],
         gather: bool,
         scales: list[int],
-        shapes: fx.GraphModule,
+        shapes: fx.GraphModule | None = None,
     ) -> None:
         super().__init__()
         self.index = index
@@ -55,7 +56,7 @@ class LazyBranch(nn.Module):
         self.operands = operands
         self.outputs = outputs
         self.gather = gather
-        #: From the operands the sizes of each output, as far as they are dynamic: what a cache that is used has too.
+        #: From the operands the shape of each output, where more than its batch is dynamic.
         self.shapes = shapes
         #: Rows of dim 0 per sample that each cache has.
         self.scales = scales
@@ -183,23 +184,26 @@ class LazyBranch(nn.Module):
             twin: Any = _Swapped(self, dict(zip(names, rest[ends[2] :], strict=True)))
             return twin, rest[: ends[0]], rest[ends[1] : ends[2]], rest[ends[0] : ends[1]]
 
-        # Bodies must agree on the layout of what they give, hence `contiguous` in each.
+        # Bodies must agree on the layout of what they give, hence `contiguous` in each; with dynamic sizes they cannot
+        # be seen to agree but on one dimension.
+        def plain(value: Tensor, always: bool = False) -> Tensor:
+            value = value.clone(memory_format=torch.contiguous_format) if always else value.contiguous()
+            return value if self.shapes is None else value.flatten()
+
         def everyone(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, operands, rates = apart(rest)
-            return tuple(value.contiguous() for value in twin.everyone(caches, operands, rates, pace))
+            return tuple(plain(value) for value in twin.everyone(caches, operands, rates, pace))
 
         def some(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, operands, rates = apart(rest)
-            return tuple(value.contiguous() for value in twin.some(lazy, samples, caches, operands, rates, pace))
+            return tuple(plain(value) for value in twin.some(lazy, samples, caches, operands, rates, pace))
 
         def nobody(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, _, rates = apart(rest)
             results = twin.nobody(caches, rates, pace)
             # What goes through may not be the operand itself.
             through = {id(value) for value in (*caches, *rates)}
-            return tuple(
-                v.clone(memory_format=torch.contiguous_format) if id(v) in through else v.contiguous() for v in results
-            )
+            return tuple(plain(value, always=id(value) in through) for value in results)
 
         def not_everyone(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return tuple(cond((~lazy).any(), some, nobody, (lazy, samples, *rest)))
@@ -215,12 +219,16 @@ class LazyBranch(nn.Module):
         return self._sized(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *tensors)), operands)
 
     def _sized(self, results: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
-        """Results of which `torch.export` knows the sizes, whichever way they came."""
+        """Results in their shapes, which `torch.export` then knows, whichever way they came."""
+        if self.shapes is None:
+            return list(results)
         shapes = self.shapes(*operands)
+        found = []
         for number, result in enumerate(results):
-            for dim, size in shapes[number % len(shapes)]:
-                torch._check(result.shape[dim] == size)
-        return list(results)
+            shape = shapes[number % len(shapes)]
+            torch._check(result.shape[0] == math.prod(shape))
+            found.append(result.reshape(shape))
+        return found
 
 
 class _Swapped:

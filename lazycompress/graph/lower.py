@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from ..errors import LocateError
 from .insert import LazyGraph
 from .lazy_branch import Controller, LazyBranch, Operand
-from .ops import is_data_size, is_dynamic, is_heavy
+from .ops import is_data_size, is_dynamic, is_heavy, size_hint
 from .tidy import size_node
 
 _ops = torch.ops.lazycompress
@@ -228,8 +228,7 @@ def _extract(
                 kind = sizes if isinstance(value.meta.get("val"), torch.SymInt) else outside
                 if value not in kind:
                     kind.append(value)
-    ends = [[(d, n.node.expr) for d, n in enumerate(node.meta["val"].shape) if is_dynamic(n)] for node in fresh]
-    needed = {size.meta["val"].node.expr for size in sizes} | {expression for end in ends for _, expression in end}
+    needed = {size.meta["val"].node.expr for size in sizes} | {size for node in fresh for _, size in _dims(node)}
     outside += _carriers(needed, outside, [n for n in source.graph.nodes if n.op == "placeholder"], batch)
 
     graph = fx.Graph()
@@ -253,15 +252,20 @@ def _extract(
     core = fx.GraphModule(source, graph)
     outputs = [_rows(node, batch) for node in fresh]
     gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
-    return LazyBranch(mark, core, operands, outputs, gather, scales, _shapes(ends, outside)), outside
+    return LazyBranch(mark, core, operands, outputs, gather, scales, _shapes(fresh, outside)), outside
 
 
-def _shapes(ends: list[list[tuple[int, sympy.Expr]]], outside: list[fx.Node]) -> fx.GraphModule:
-    """A graph that gives for each output the pairs of a dynamic dimension and its size, from the operands."""
+def _shapes(fresh: list[fx.Node], outside: list[fx.Node]) -> fx.GraphModule | None:
+    """A graph that gives the shapes of the outputs from the operands; None where only their batch is dynamic."""
+    shapes = [node.meta["val"].shape for node in fresh]
+    if not any(is_dynamic(size) for shape in shapes for size in shape[1:]):
+        return None
     graph = fx.Graph()
     mapped = {node: graph.placeholder(f"operand_{k}") for k, node in enumerate(outside)}
-    inside = _sizes_inside(graph, {expression for end in ends for _, expression in end}, outside, mapped)
-    graph.output(tuple(tuple((d, inside[expression]) for d, expression in end) for end in ends))
+    inside = _sizes_inside(graph, {expression for node in fresh for _, expression in _dims(node)}, outside, mapped)
+    graph.output(
+        tuple(tuple(inside[size.node.expr] if is_dynamic(size) else size_hint(size) for size in shape) for shape in shapes)
+    )
     return fx.GraphModule(nn.Module(), graph)
 
 
