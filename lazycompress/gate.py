@@ -5,15 +5,16 @@ For branch i, sample b, timestep t, and Z the branch's input after norm and modu
     logit(b)  = mean over tokens of Z[b] . w_i(t) + c_i(t) - s log(e_i(b))
     score(b)  = sigmoid(logit(b))                       in [0, 1], higher is lazier
     lazy(b)   = valid(b) and score(b) > threshold
-    Y[b]      = cache[b] + rate[b] d(b) if lazy(b) else F(Z)[b];  cache <- Y
+    Y[b]      = P_b(now) if lazy(b) else F(Z)[b]
 
 `w_i(t)` and `c_i(t)` are tables over a grid of timesteps, interpolated linearly and held constant beyond its ends: at the
 grid's own points this is one gate per sampling step, as in LazyDiT (arXiv 2412.12444); the mean and the bias are ours.
 `e_i(b)` is how far the timestep has moved since the branch was last computed for this sample, in the timestep's own unit. With
 it a gate says for how long an output keeps, whatever the number of steps; without it (s = 0) whether this very step is needed.
-`d(b)` is how far it has moved since the last call, and `rate` how fast the output moved between its last two computations:
-reuse goes on along the line through them, as TaylorSeer (arXiv 2503.06923) does in first order. It is 0 until there are two
-computations in this image, and always in gates of order 0.
+`P_b` is the polynomial through the branch's last computations in this image, at most `order + 1` of them: reuse repeats the
+last output (order 0) or goes on along the line or the parabola through the last ones, as TaylorSeer (arXiv 2503.06923) does. It
+is kept as its value, slope and half its curvature at the last call (`cache` and `rates`), so that a call moves it on by the time
+that has passed.
 `valid(b)` is false where sample b starts a new image: the timestep is not strictly past the last one, or what the model is
 conditioned on has changed. Samplers that call the model twice at a timestep (Heun's) set `phase`: a second call at the same
 timestep, but for the one at which the image began, then goes on with it and counts as that much later.
@@ -110,19 +111,24 @@ def clock(timestep: Tensor, past_timestep: Tensor, valid: Tensor, direction: Ten
 
 
 def elapsed(now: Tensor, past_times: Tensor, direction: Tensor) -> Tensor:
-    """The time since the image began, since the last call and since each branch was computed, float32 [batch, 2 + branches]."""
+    """The time since each of the past times, float32 [batch, 2 + 2 * branches]; see `times`."""
     past = past_times.index_select(0, _rows(now, past_times))
     return ((past - now.unsqueeze(1)) * direction).clamp(min=SOONEST)
 
 
-def times(now: Tensor, past_times: Tensor, valid: Tensor, lazy: Tensor) -> Tensor:
-    """When the image began, when the call is, and when each branch was last computed, float32 [batch, 2 + branches].
+def times(now: Tensor, past_times: Tensor, valid: Tensor, lazy: Tensor, never: float) -> Tensor:
+    """The past times for the next call, float32 [batch, 2 + 2 * branches].
 
-    lazy: [branches, batch].
+    When the image began, when the call is, when each branch was last computed, and when it was before that; `never` where it
+    was not in this image. lazy: [branches, batch].
     """
     past = past_times.index_select(0, _rows(now, past_times))
-    kept = torch.cat([valid.unsqueeze(1), torch.zeros_like(valid).unsqueeze(1), lazy.transpose(0, 1)], dim=1)
-    return torch.where(kept, past, now.unsqueeze(1))
+    branches = lazy.shape[0]
+    reuses = lazy.transpose(0, 1)
+    began = torch.where(valid, past[:, 0], now).unsqueeze(1)
+    last, before = past[:, 2 : 2 + branches], past[:, 2 + branches :]
+    before = torch.where(valid.unsqueeze(1), torch.where(reuses, before, last), torch.full_like(last, never))
+    return torch.cat([began, now.unsqueeze(1), torch.where(reuses, last, now.unsqueeze(1)), before], dim=1)
 
 
 def _rows(current: Tensor, past: Tensor) -> Tensor:
@@ -197,31 +203,55 @@ def fit(old: Tensor, new: Tensor) -> Tensor:
     return old
 
 
-def pace(elapsed: Tensor, valid: Tensor, branch: int) -> Tensor:
-    """What a branch's line needs of the clock, float32 [batch, 3].
+def pace(elapsed: Tensor, valid: Tensor, branch: int, unit: float) -> Tensor:
+    """What a branch's polynomial needs of the clock, float32 [batch, 6], times in units of `unit`.
 
-    The time since the last call; how long before that the branch was computed; and one over the time since it was, or
-    0 where that was in another image.
+    With d the time since the last call, a since the branch was computed, b since it was before that, seen from the last call:
+    d; d - a, where the last computation lies; (d - a) + (d - b); 1 / a, or 0 if there is none; 1 / b, or 0; and a.
     """
-    step, since = elapsed[:, 1], elapsed[:, 2 + branch]
-    return torch.stack([step, since - step, valid.to(torch.float32) / since], dim=1)
+    branches = (elapsed.shape[1] - 2) // 2
+    step, last, before = elapsed[:, 1] / unit, elapsed[:, 2 + branch] / unit, elapsed[:, 2 + branches + branch] / unit
+    known = before > last  # what never was, is clamped to no time at all
+    before = torch.where(known, before, last)
+    one, two = valid.to(torch.float32) / last, (valid & known).to(torch.float32) / before
+    return torch.stack([step, step - last, 2 * step - last - before, one, two, last], dim=1)
 
 
-def forecast(cache: Tensor, rate: Tensor, pace: Tensor, scale: int) -> Tensor:
-    """The output that a lazy branch gives: the last one, gone on with its rate. `scale` rows of dim 0 per sample."""
-    step, _, _ = per_row(pace, cache, scale)
-    return cache + rate * step
+def forecast(cache: Tensor, rates: Sequence[Tensor], pace: Tensor, scale: int) -> Tensor:
+    """The output that a lazy branch gives: its polynomial, gone on by one call. `scale` rows of dim 0 per sample."""
+    if not rates:
+        return cache
+    step = per_row(pace, cache, scale)[0]
+    moved = rates[0] if len(rates) == 1 else rates[0] + rates[1] * step
+    return cache + moved * step
 
 
-def trend(fresh: Tensor, cache: Tensor, rate: Tensor, pace: Tensor, scale: int) -> Tensor:
-    """The rate between a branch's last two computations, of which `fresh` is the second."""
-    _, back, inverse = per_row(pace, fresh, scale)
-    return (fresh - fit(cache, fresh) + fit(rate, fresh) * back) * inverse
+def moved(rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
+    """The rates of a lazy branch after one more call."""
+    if len(rates) < 2:
+        return list(rates)
+    step = per_row(pace, rates[0], scale)[0]
+    return [rates[0] + rates[1] * (2 * step), rates[1]]
 
 
-def hold(fresh: Tensor, cache: Tensor, rate: Tensor, lazy: Tensor, pace: Tensor, scale: int) -> Tensor:
-    """The rate for the next call: kept where lazy, else that of the last two computations."""
-    return select(trend(fresh, cache, rate, pace, scale), rate, lazy)
+def trend(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
+    """The rates of the polynomial through `fresh` and the computations before it (Newton's divided differences)."""
+    if not rates:
+        return []
+    cache, rates = fit(cache, fresh), [fit(rate, fresh) for rate in rates]
+    _, last, both, one, two, since = per_row(pace, fresh, scale)
+    if len(rates) == 1:
+        return [(fresh - (cache + rates[0] * last)) * one]
+    slope = (fresh - (cache + (rates[0] + rates[1] * last) * last)) * one
+    curve = (slope - (rates[0] + rates[1] * both)) * two
+    return [slope + curve * since, curve]
+
+
+def hold(
+    fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], lazy: Tensor, pace: Tensor, scale: int, which: int
+) -> Tensor:
+    """Rate number `which` for the next call: gone on where lazy, else that of the last computations."""
+    return select(trend(fresh, cache, rates, pace, scale)[which], moved(rates, pace, scale)[which], lazy)
 
 
 def per_row(pace: Tensor, like: Tensor, scale: int) -> list[Tensor]:
@@ -244,7 +274,7 @@ for _function, _schema in (
     ),
     (clock, "(Tensor timestep, Tensor past_timestep, Tensor valid, Tensor direction, Tensor phase) -> Tensor"),
     (elapsed, "(Tensor now, Tensor past_times, Tensor direction) -> Tensor"),
-    (times, "(Tensor now, Tensor past_times, Tensor valid, Tensor lazy) -> Tensor"),
+    (times, "(Tensor now, Tensor past_times, Tensor valid, Tensor lazy, float never) -> Tensor"),
     (hat, "(Tensor timestep, Tensor grid) -> Tensor"),
     (
         score,
@@ -254,9 +284,9 @@ for _function, _schema in (
     (scheduled, "(Tensor[] streams, Tensor hats, Tensor bias, Tensor elapsed, Tensor slope) -> Tensor"),
     (decide, "(Tensor score, Tensor valid, Tensor threshold) -> Tensor"),
     (select, "(Tensor fresh, Tensor cache, Tensor lazy) -> Tensor"),
-    (pace, "(Tensor elapsed, Tensor valid, int branch) -> Tensor"),
-    (forecast, "(Tensor cache, Tensor rate, Tensor pace, int scale) -> Tensor"),
-    (hold, "(Tensor fresh, Tensor cache, Tensor rate, Tensor lazy, Tensor pace, int scale) -> Tensor"),
+    (pace, "(Tensor elapsed, Tensor valid, int branch, float unit) -> Tensor"),
+    (forecast, "(Tensor cache, Tensor[] rates, Tensor pace, int scale) -> Tensor"),
+    (hold, "(Tensor fresh, Tensor cache, Tensor[] rates, Tensor lazy, Tensor pace, int scale, int which) -> Tensor"),
 ):
     _library.define(f"{_function.__name__}{_schema}")
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
@@ -278,7 +308,7 @@ class Gates(nn.Module):
         frontier: schedules that training found for several budgets, bool [budgets, branches, grid].
         longest: how many steps of the grid one output may be reused for.
         static: 1 where the weights are left out: all samples at a timestep share one decision, and no stream is read for it.
-        order: 1 where reuse goes on along the line through the last two computations, 0 where it repeats the last one.
+        order: of the polynomial through the last computations that reuse goes on along, 0, 1 or 2; 0 repeats the last one.
     """
 
     grid: Tensor
@@ -319,6 +349,15 @@ class Gates(nn.Module):
         return gates.to(self.grid.device)
 
     @property
+    def unit(self) -> float:
+        """A typical time between two calls, for what is kept per time: any constant will do, this one suits half precision."""
+        return (
+            max(float(self.grid[-1] - self.grid[0]) / max(1, len(self.grid) - 1), SOONEST)
+            if len(self.grid) > 1
+            else 1.0
+        )
+
+    @property
     def never(self) -> float:
         """The past timestep of a sample that has none: no timestep is past it."""
         return -NEVER * float(self.direction)
@@ -357,16 +396,16 @@ class Gates(nn.Module):
     @torch.no_grad()
     def decisions(self, timesteps: Tensor) -> Tensor:
         """What the gates decide over one image, their weights left out: bool [calls, branches] for timesteps [calls]."""
-        past = torch.full((1, 2 + len(self.names)), self.never)
+        past = torch.full((1, 2 + 2 * len(self.names)), self.never)
         before, nothing = torch.full((1,), self.never), torch.zeros(1, 1)
         direction, phase = self.direction.cpu(), self.phase.cpu()
         taken = []
         for timestep in timesteps.detach().cpu().float().reshape(-1, 1):
             goes_on = valid(timestep, before, nothing, nothing, past, direction, phase)
             now = clock(timestep, before, goes_on, direction, phase)
-            since = elapsed(now, past, direction)[0, 2:]
+            since = elapsed(now, past, direction)[0, 2 : 2 + len(self.names)]
             bias = self.bias.detach().cpu() @ hat(now, self.grid.cpu())[0]
             lazy = decide(torch.sigmoid(bias - self.slope.cpu() * since.log()), goes_on, self.threshold.cpu())
-            past, before = times(now, past, goes_on, lazy.unsqueeze(1)), timestep
+            past, before = times(now, past, goes_on, lazy.unsqueeze(1), self.never), timestep
             taken.append(lazy)
         return torch.stack(taken)

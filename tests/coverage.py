@@ -108,7 +108,9 @@ def _measure(specimen: Specimen) -> Row:
     try:
         lazy = wrapped(model, first, second)
     except LazyCompressError as error:
-        return Row(specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, _short(str(error)))
+        return Row(
+            specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, _short(str(error))
+        )
     with torch.no_grad():
         dense = [model(**first), model(**second)]
         lazy.policy = "compute"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,19 +101,27 @@ def test_valid_is_false_for_a_state_of_another_batch_size() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.booleans(), min_size=2, max_size=2)), min_size=1, max_size=12))
-def test_elapsed_counts_from_the_last_computation_of_each_branch(calls: list[tuple[bool, list[bool]]]) -> None:
-    direction, past = torch.tensor(1.0), torch.full((1, 4), gate.NEVER)
-    expected: list[float] = []
+def test_elapsed_counts_from_the_last_two_computations_of_each_branch(calls: list[tuple[bool, list[bool]]]) -> None:
+    direction, never = torch.tensor(1.0), -gate.NEVER
+    past = torch.full((1, 6), never)
+    began = 0.0
+    computed: list[list[float]] = [[], []]
     for step, (goes_on, reuse) in enumerate(calls):
         now = torch.tensor([1000.0 - 10 * step])
         goes_on = goes_on and step > 0
         lazy = torch.tensor(reuse).unsqueeze(1) & goes_on
         if goes_on:
-            since = gate.elapsed(now, past, direction)[0]
-            torch.testing.assert_close(since, torch.tensor([t - float(now) for t in expected]))
-        past = gate.times(now, past, torch.tensor([goes_on]), lazy)
-        kept = [goes_on, False, *lazy[:, 0].tolist()]
-        expected = [old if keep else float(now) for old, keep in zip(expected or [0.0] * 4, kept, strict=True)]
+            since = gate.elapsed(now, past, direction)[0].tolist()
+            assert since[:2] == [began - float(now), 10.0]
+            for branch, history in enumerate(computed):
+                assert since[2 + branch] == history[-1] - float(now)
+                before = history[-2] - float(now) if len(history) > 1 else pytest.approx(gate.SOONEST)
+                assert since[4 + branch] == before
+        else:
+            began, computed = float(now), [[], []]
+        for branch, history in enumerate(computed):
+            history += [] if bool(lazy[branch, 0]) else [float(now)]
+        past = gate.times(now, past, torch.tensor([goes_on]), lazy, never)
 
 
 @st.composite

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from lazycompress.gate import Gates
 from lazycompress.graph.capture import capture, take_apart
 from lazycompress.graph.locate import locate_branches
 from lazycompress.runtime import LazyModel, wrap

@@ -45,6 +45,27 @@ def tensors_of(inputs: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
     return found
 
 
+def need_sizes(inputs: dict[str, Tensor], sizes: dict[str, list[int | None]]) -> None:
+    """Refuse what a file was not made for: some runtimes give an empty result in place of an error.
+
+    Args:
+        inputs: of one call.
+        sizes: of the file's inputs; None where any will do.
+
+    Raises:
+        InputError: an input has other sizes.
+    """
+    for name, tensor in inputs.items():
+        wanted = sizes[name]
+        given = list(tensor.shape)
+        fits = len(given) == len(wanted) and all(w in (None, g) for w, g in zip(wanted, given, strict=True))
+        if not fits:
+            shown = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise InputError(
+                f"input {name}: the dimensions {given} are not the file's [{shown}]; export the model with an example of them"
+            )
+
+
 def fresh_state(entry: dict[str, Any], batch: int) -> np.ndarray[Any, Any]:
     """One entry of the card's "state" before the first step of an image, for a batch of that size.
 

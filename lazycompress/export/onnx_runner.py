@@ -10,7 +10,7 @@ from torch.utils import dlpack
 
 from ..errors import ExportError, MissingExtraError
 from ..report import Summary, Usage
-from .card import FileBranch, Output, fresh_state, read_card, tensors_of
+from .card import FileBranch, Output, fresh_state, need_sizes, read_card, tensors_of
 from .onnx import MODEL_FILE
 from .trace import DECISIONS
 
@@ -47,6 +47,9 @@ class OnnxRunner:
         self._state = card["state"]
         past = {entry["name"] for entry in self._state}
         self._inputs = [i.name for i in self.session.get_inputs() if i.name not in past]
+        self._sizes = {
+            i.name: [size if isinstance(size, int) else None for size in i.shape] for i in self.session.get_inputs()
+        }
         self._known = {i.name for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._latents: str = card["latents"]
@@ -58,6 +61,7 @@ class OnnxRunner:
 
     def __call__(self, **inputs: Any) -> Any:
         inputs = tensors_of(inputs, self._inputs)
+        need_sizes(inputs, self._sizes)
         batch = inputs[self._latents].shape[0]
         if batch != self._batch:
             self._past, self._batch = self._fresh(batch), batch

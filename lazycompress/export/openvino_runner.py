@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ExportError, MissingExtraError
 from ..report import Summary, Usage
-from .card import FileBranch, Output, fresh_state, read_card, tensors_of
+from .card import FileBranch, Output, fresh_state, need_sizes, read_card, tensors_of
 from .openvino import MODEL_FILE
 from .trace import DECISIONS
 
@@ -47,6 +47,11 @@ class OpenVINORunner:
         #: Caches that the file leaves to its caller; none where they are state.
         self._state: list[dict[str, Any]] = [] if card["stateful"] else card["state"]
         known = {name for port in self.compiled.inputs for name in port.get_names()}
+        self._sizes = {
+            name: [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
+            for port in self.compiled.inputs
+            for name in port.get_names()
+        }
         self._state = [entry for entry in self._state if entry["name"] in known]
         self._past: dict[str, Any] = {}
         self._batch = -1
@@ -59,6 +64,7 @@ class OpenVINORunner:
 
     def __call__(self, **inputs: Any) -> Any:
         inputs = tensors_of(inputs, self._inputs)
+        need_sizes(inputs, self._sizes)
         feed: dict[str, Any] = {name: inputs[name].detach().contiguous().numpy() for name in self._inputs}
         batch = inputs[self._latents].shape[0]
         if batch != self._batch:

@@ -2,8 +2,9 @@
 
 The flat graph computes every branch and then selects; it is the reference that every lowered and exported form must
 equal, and the form that quantization works on. Its placeholders, in order: the model's tensors, `lazy_threshold`,
-`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 2 + branches] (when the image began, when the last call
-was, when each branch was last computed), one cache per stream of each branch, and, for gates of order 1, one rate per cache.
+`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 2 + 2 * branches] (when the image began, when the last
+call was, when each branch was last computed, and when before that), one cache per stream of each branch, then as many rates for
+each cache as the order of the gates says.
 Its outputs, one flat tuple: the model's outputs, then the state for the next call in the same order, then `lazy`
 [branches, batch].
 """
@@ -26,6 +27,9 @@ from .locate import Branch
 from .ops import is_dynamic, size_hint
 
 _ops = torch.ops.lazycompress
+
+#: What the state calls the rates of a cache.
+RATES = ("rate", "curve")
 
 #: Argument names that diffusion models give to the position in the denoising process.
 _TIMESTEP = re.compile(
@@ -127,7 +131,7 @@ def insert_gates(
     state = [
         StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never),
         StateSpec("past_prints", (-1, max(1, 2 * len(conditions) + len(sized))), torch.float32),
-        StateSpec("past_times", (-1, 2 + len(branches)), torch.float32, fill=gates.never),
+        StateSpec("past_times", (-1, 2 + 2 * len(branches)), torch.float32, fill=gates.never),
     ]
     clock = len(state)
     for i, branch in enumerate(branches):
@@ -135,8 +139,9 @@ def insert_gates(
             cache_spec(f"past_{i}_{s}", node, batch, captured.sizes.symbols) for s, node in enumerate(branch.exits)
         ]
     caches_end = len(state)
-    if int(gates.order) > 0:
-        state += [replace(spec, name=spec.name.replace("past", "past_rate")) for spec in state[clock:]]
+    caches = state[clock:]
+    for word in RATES[: int(gates.order)]:
+        state += [replace(spec, name=spec.name.replace("past", f"past_{word}")) for spec in caches]
 
     graph = fx.Graph()
     public: dict[fx.Node, fx.Node] = {node: graph.node_copy(node) for node in placeholders}
@@ -170,10 +175,10 @@ def insert_gates(
             entries.setdefault(stream.entry, []).append((i, position))
     streams = [(i, node) for i, branch in enumerate(branches) for node in branch.exits]
     cache_of = dict(zip(streams, past[clock:caches_end], strict=True))
-    rate_of = dict(zip(streams, past[caches_end:], strict=False))
+    rates_of = {key: past[caches_end + k :: len(streams)] for k, key in enumerate(streams)}
     scale_of = dict(zip(streams, (spec.scale for spec in state[clock:]), strict=False))
     paces: dict[int, fx.Node] = {}
-    held: dict[tuple[int, fx.Node], fx.Node] = {}
+    held: dict[tuple[int, fx.Node], list[fx.Node]] = {}
     lazies: dict[int, fx.Node] = {}
     chosen: dict[tuple[int, fx.Node], fx.Node] = {}
 
@@ -223,13 +228,16 @@ def insert_gates(
             lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
         dim = batch_dim(node, batch)
         fresh = swapped(inside[i][node], node, dim)
-        cache, rate, scale = cache_of[i, node], rate_of.get((i, node)), scale_of[i, node]
+        cache, rates, scale = cache_of[i, node], rates_of[i, node], scale_of[i, node]
         reused = cache
-        if rate is not None:
+        if rates:
             if i not in paces:
-                paces[i] = graph.call_function(_ops.pace, (elapsed, valid, i))
-            reused = graph.call_function(_ops.forecast, (cache, rate, paces[i], scale))
-            held[i, node] = graph.call_function(_ops.hold, (fresh, cache, rate, lazies[i], paces[i], scale))
+                paces[i] = graph.call_function(_ops.pace, (elapsed, valid, i, gates.unit))
+            reused = graph.call_function(_ops.forecast, (cache, rates, paces[i], scale))
+            held[i, node] = [
+                graph.call_function(_ops.hold, (fresh, cache, rates, lazies[i], paces[i], scale, which))
+                for which in range(len(rates))
+            ]
         select = graph.call_function(_ops.select, (fresh, reused, lazies[i]))
         select.meta = dict(fresh.meta if dim else node.meta)
         chosen[i, node] = select
@@ -268,9 +276,9 @@ def insert_gates(
     present = [
         time,
         prints,
-        graph.call_function(_ops.times, (now, past[2], valid, stacked)),
+        graph.call_function(_ops.times, (now, past[2], valid, stacked, gates.never)),
         *(chosen[key] for key in streams),
-        *(held[key] for key in streams if key in held),
+        *(held[key][which] for which in range(int(gates.order)) for key in streams),
     ]
     graph.output((*(public[r] if isinstance(r, fx.Node) else r for r in results), *present, stacked))
     graph.lint()
@@ -304,9 +312,7 @@ def batch_dim(node: fx.Node, batch: int | torch.SymInt) -> int:
     return 0 if not dims or 0 in dims else dims[0]
 
 
-def cache_spec(
-    name: str, node: fx.Node, batch: int | torch.SymInt, sizes: Collection[sympy.Symbol] = ()
-) -> StateSpec:
+def cache_spec(name: str, node: fx.Node, batch: int | torch.SymInt, sizes: Collection[sympy.Symbol] = ()) -> StateSpec:
     """The state that holds the value of `node`, whose first dimension is the batch or a multiple of it."""
     value = node.meta["val"].transpose(0, batch_dim(node, batch))
     scale, rest = divmod(size_hint(value.shape[0]), size_hint(batch))

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, fx, nn
 
-from ..gate import decide, forecast, select, trend
+from ..gate import decide, forecast, moved, select, trend
 
 
 class Controller(Protocol):
@@ -36,8 +36,8 @@ class LazyBranch(nn.Module):
     """One branch: `forward(score, valid, threshold, caches, operands, rates, pace) -> (outputs, lazy, rates)`.
 
     Per sample: the branch runs on the samples that compute, gathered; the others go on from their cache. Where some operand
-    cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes. Without rates the
-    others repeat their cache.
+    cannot be cut to a part of the batch, the branch runs on the whole batch if any sample computes. Rates come stream by
+    stream, the same number for each cache; without any the others repeat their cache.
     """
 
     def __init__(
@@ -104,10 +104,11 @@ class LazyBranch(nn.Module):
 
     def nobody(self, caches: Sequence[Tensor], rates: Sequence[Tensor], pace: Tensor) -> list[Tensor]:
         """Outputs and rates where no sample computes."""
-        if not rates:
-            return list(caches)
-        together = zip(caches, rates, self.scales, strict=True)
-        return [*(forecast(cache, rate, pace, scale) for cache, rate, scale in together), *rates]
+        together = list(zip(caches, _grouped(rates, len(caches)), self.scales, strict=True))
+        return [
+            *(forecast(cache, own, pace, scale) for cache, own, scale in together),
+            *(rate for _, own, scale in together for rate in moved(own, pace, scale)),
+        ]
 
     def everyone(
         self, caches: Sequence[Tensor], operands: Sequence[Tensor], rates: Sequence[Tensor], pace: Tensor
@@ -116,8 +117,10 @@ class LazyBranch(nn.Module):
         fresh = self.run(operands)
         if not rates:
             return fresh
-        together = zip(fresh, caches, rates, self.scales, strict=True)
-        return [*fresh, *(trend(f, c, r, pace, k) for f, c, r, k in together)]
+        found = list(fresh)
+        for new, cache, own, scale in zip(fresh, caches, _grouped(rates, len(caches)), self.scales, strict=True):
+            found += trend(new, cache, own, pace, scale)
+        return found
 
     def some(
         self,
@@ -137,13 +140,12 @@ class LazyBranch(nn.Module):
             fresh = [take(new, place, rows) for new, rows in zip(self.run(cut), self.outputs, strict=True)]
         else:
             fresh = self.run(operands)
-        if not rates:
-            return [select(new, cache, lazy) for new, cache in zip(fresh, caches, strict=True)]
-        together = list(zip(fresh, caches, rates, self.scales, strict=True))
-        return [
-            *(select(f, forecast(c, r, pace, k), lazy) for f, c, r, k in together),
-            *(select(trend(f, c, r, pace, k), r, lazy) for f, c, r, k in together),
-        ]
+        outputs, changed = [], []
+        for new, cache, own, scale in zip(fresh, caches, _grouped(rates, len(caches)), self.scales, strict=True):
+            outputs.append(select(new, forecast(cache, own, pace, scale), lazy))
+            after = zip(trend(new, cache, own, pace, scale), moved(own, pace, scale), strict=True)
+            changed += [select(computed, kept, lazy) for computed, kept in after]
+        return outputs + changed
 
     def _compiled(
         self,
@@ -222,10 +224,10 @@ class LazyBranch(nn.Module):
         """Results in their shapes, which `torch.export` then knows, whichever way they came."""
         if self.shapes is None:
             return list(results)
-        shapes = self.shapes(*operands)
+        own = self.shapes(*operands)
+        each = len(results) // len(own) - 1  # rates of each cache
         found = []
-        for number, result in enumerate(results):
-            shape = shapes[number % len(shapes)]
+        for result, shape in zip(results, [*own, *(shape for shape in own for _ in range(each))], strict=True):
             torch._check(result.shape[0] == math.prod(shape))
             found.append(result.reshape(shape))
         return found
@@ -249,6 +251,12 @@ class _Swapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.branch, name)
+
+
+def _grouped(rates: Sequence[Tensor], caches: int) -> list[Sequence[Tensor]]:
+    """The rates of each cache."""
+    each = len(rates) // caches
+    return [rates[k * each : (k + 1) * each] for k in range(caches)]
 
 
 def computing(lazy: Tensor) -> Tensor:

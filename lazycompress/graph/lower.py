@@ -37,6 +37,7 @@ def lower(flat: LazyGraph) -> LazyGraph:
     number = {node: i for i, node in enumerate(nodes)}
     entries: dict[int, dict[int, fx.Node]] = {}
     selects: dict[int, list[fx.Node]] = {}
+    #: Of each branch, stream by stream.
     holds: dict[int, list[fx.Node]] = {}
     branch_of_lazy: dict[fx.Node, int] = {}
     for node in nodes:
@@ -85,10 +86,10 @@ def lower(flat: LazyGraph) -> LazyGraph:
                 i = branch_of_lazy[node]
                 branch, outside = parts[i]
                 caches = caches_of[i]
-                rates = [h.all_input_nodes[2] for h in holds.get(i, ())]
+                rates = [_rate_of(held) for held in holds.get(i, ())]
                 score, valid, threshold = node.all_input_nodes
                 # Without rates there is no pace to read: any tensor stands for it.
-                pace = holds[i][0].all_input_nodes[4] if i in holds else valid
+                pace: Any = holds[i][0].args[4] if i in holds else valid
                 branch.scheduled = score.target in (_ops.scheduled, _ops.scheduled.default)
                 needed = [*outside, *caches, *rates, score, valid, threshold, pace]
                 if any(n not in mapped for n in needed):
@@ -118,7 +119,7 @@ def lower(flat: LazyGraph) -> LazyGraph:
                     kept = graph.call_function(_getitem, (call, 2))
                     for position, held in enumerate(holds[i]):
                         mapped[held] = graph.call_function(_getitem, (kept, position))
-                        mapped[held].meta = dict(selects[i][position].meta)
+                        mapped[held].meta = dict(selects[i][position // (len(rates) // len(caches))].meta)
             elif node in mapped:
                 continue
             elif any(used not in mapped for used in node.all_input_nodes):
@@ -152,6 +153,14 @@ def lazy_branches(lowered: LazyGraph) -> list[LazyBranch]:
 
 def _getitem(values: Any, index: int) -> Any:
     return values[index]
+
+
+def _rate_of(hold: fx.Node) -> fx.Node:
+    """The rate that a `hold` keeps."""
+    rates: Any = hold.args[2]
+    which: Any = hold.args[6]
+    rate: fx.Node = rates[which]
+    return rate
 
 
 def _mark_of(decide_node: fx.Node) -> int:
@@ -264,7 +273,9 @@ def _shapes(fresh: list[fx.Node], outside: list[fx.Node]) -> fx.GraphModule | No
     mapped = {node: graph.placeholder(f"operand_{k}") for k, node in enumerate(outside)}
     inside = _sizes_inside(graph, {expression for node in fresh for _, expression in _dims(node)}, outside, mapped)
     graph.output(
-        tuple(tuple(inside[size.node.expr] if is_dynamic(size) else size_hint(size) for size in shape) for shape in shapes)
+        tuple(
+            tuple(inside[size.node.expr] if is_dynamic(size) else size_hint(size) for size in shape) for shape in shapes
+        )
     )
     return fx.GraphModule(nn.Module(), graph)
 
@@ -348,7 +359,7 @@ def _carriers(
 def _dims(node: fx.Node) -> list[tuple[int, sympy.Expr]]:
     """The dynamic dimensions of a value, and their sizes."""
     value = node.meta.get("val")
-    shape = value.shape if isinstance(value, Tensor) else ()
+    shape: Any = value.shape if isinstance(value, Tensor) else ()
     return [(d, size.node.expr) for d, size in enumerate(shape) if is_dynamic(size)]
 
 

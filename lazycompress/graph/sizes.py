@@ -78,13 +78,15 @@ class Sizes:
                     dims.append(expression if expression.free_symbols else int(expression))
             self._dims.append(dims)
         self._hints = {symbol: hint for symbol, hint in hints.items() if symbol not in self._batch}
-        guards = [] if environment is None else [environment.replace(guard.expr) for guard in environment.guards]
+        guards: list[Any] = [environment.replace(guard.expr) for guard in environment.guards] if environment else []
         own = set(self._hints)
         self._guards = [g for g in dict.fromkeys(guards) if g.free_symbols & own]
         sides = [side for g in self._guards if isinstance(g, sympy.Eq) for side in (g.args, g.args[::-1])]
         self._definitions = [(a, b) for a, b in sides if a in own and a not in b.free_symbols]
         # Sizes of 1 are captured apart: they broadcast.
-        self._guards += [dim >= 2 for dim in dict.fromkeys(d for dims in self._dims for d in dims) if not isinstance(dim, int)]
+        self._guards += [
+            dim >= 2 for dim in dict.fromkeys(d for dims in self._dims for d in dims) if not isinstance(dim, int)
+        ]
 
     def serve(self, shapes: Sequence[Sequence[int]], batch: int) -> bool:
         """Whether tensors of these shapes can be run."""

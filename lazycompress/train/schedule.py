@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .forecast import forecast_weights
 from .trajectory import Effects
 
 Floats = npt.NDArray[np.float64]
@@ -39,7 +40,7 @@ class Planner:
         effects: from `linearise`, joined over batches.
         macs: of each branch, any unit.
         limits: where reuse is allowed.
-        order: 1 where reuse goes on along the line through the last two computations, 0 where it repeats the last one.
+        order: of the polynomial through the last computations that reuse goes on along; 0 repeats the last one.
         scale: errors well above this count logarithmically; None takes four times the median error of the offset, or
             counts all errors as they are where the offset is zero (around the dense trajectory).
     """
@@ -84,7 +85,7 @@ class Planner:
             target where the limits leave nothing to add.
         """
         schedule = np.zeros(self.shape, dtype=bool) if schedule is None else schedule.copy()
-        columns = np.stack([self._column(b, schedule[:, b]) for b in range(self.shape[1])])
+        columns = np.stack([self.column(b, schedule[:, b]) for b in range(self.shape[1])])
         total = self.offset + columns.sum(axis=0)
         order: list[tuple[int, int]] = []
         # A change in one branch leaves the others' columns as they are: only its own candidates are made again.
@@ -104,7 +105,7 @@ class Planner:
             _, b, t = best
             schedule[t, b] = True
             order.append((t, b))
-            column = self._column(b, schedule[:, b])
+            column = self.column(b, schedule[:, b])
             total = total - columns[b] + column
             columns[b] = column
             candidates[b] = self._flips(b, schedule[:, b], column, to=True)
@@ -114,7 +115,7 @@ class Planner:
         """Exchange a reuse for another while that lowers the predicted error, at most `rounds` times."""
         schedule = schedule.copy()
         for _ in range(rounds):
-            columns = np.stack([self._column(b, schedule[:, b]) for b in range(self.shape[1])])
+            columns = np.stack([self.column(b, schedule[:, b]) for b in range(self.shape[1])])
             total = self.offset + columns.sum(axis=0)
             removed = self._all_flips(schedule, columns, to=False, total=total, shortlist=shortlist)
             added = self._all_flips(schedule, columns, to=True, total=total, shortlist=shortlist)
@@ -141,31 +142,19 @@ class Planner:
         return schedule
 
     def _total(self, schedule: Bools) -> Floats:
-        columns = [self._column(b, schedule[:, b]) for b in range(self.shape[1])]
+        columns = [self.column(b, schedule[:, b]) for b in range(self.shape[1])]
         total: Floats = self.offset + np.sum(columns, axis=0)
         return total
 
-    def _column(self, branch: int, decisions: Bools) -> Floats:
+    def column(self, branch: int, decisions: Bools) -> Floats:
+        """Projected change of the image by one branch's decisions, bool [steps]: [samples * probes]."""
         ages = run_lengths(decisions)
-        steps = np.flatnonzero(ages) if self.order else np.arange(self.shape[0])
-        column: Floats
-        if not self.order:
-            column = self.table[steps, branch, ages].sum(axis=0)
-            return column
-        last = steps - ages[steps]
-        # The computation before the last one; where there is none, the line is flat.
-        index = np.arange(self.shape[0])
-        computed = np.maximum.accumulate(np.where(ages == 0, index, -1))
-        first = np.where(last > 0, computed[np.maximum(last - 1, 0)], last)
-        gap = last - first
-        q = np.where(
-            gap > 0,
-            (self.times[steps] - self.times[last]) / np.where(gap > 0, self.times[last] - self.times[first], 1),
-            0,
-        )
-        of_last, of_first = self.table[steps, branch, ages[steps]], self.table[steps, branch, ages[steps] + gap]
-        column = self.table[ages == 0, branch, 0].sum(axis=0)
-        column += (1 + q) @ of_last - q @ of_first
+        computed = np.flatnonzero(ages == 0)
+        column: Floats = self.table[computed, branch, 0].sum(axis=0)
+        lazy = np.flatnonzero(ages)
+        if lazy.size:
+            for weights, points in forecast_weights(self.times, computed, lazy, self.order):
+                column += weights @ self.table[lazy, branch, lazy - points]
         return column
 
     def _flips(self, branch: int, decisions: Bools, column: Floats, to: bool) -> tuple[list[int], Floats]:
@@ -177,7 +166,7 @@ class Planner:
             if run_lengths(flipped).max() > self.limits.max_reuse:
                 continue
             steps.append(int(t))
-            changes.append(self._column(branch, flipped) - column)
+            changes.append(self.column(branch, flipped) - column)
         return steps, np.stack(changes) if changes else np.zeros((0, column.size))
 
     def _all_flips(
@@ -194,26 +183,6 @@ class Planner:
         # Per MAC: a cheap branch must not win the shortlist by its size alone.
         best = np.argsort((errors - float(self.error(total))) / costs)[:shortlist]
         return [found[k] for k in best]
-
-
-def whole_steps(planner: Planner, target: float, first: int, power: float) -> Bools | None:
-    """A schedule that reuses all branches at the same steps, with at most `target` of the MACs computed.
-
-    The first `first` steps are computed, and others that are spread evenly over (position / steps) ** (1 / power): a power
-    below 1 has them denser towards the end. None if the limits allow no such schedule.
-    """
-    steps, branches = planner.shape
-    for count in range(min(steps, int(target * steps + 1e-9)), first, -1):
-        spread = (np.arange(count - first) / (count - first)) ** power
-        schedule = np.ones((steps, branches), dtype=bool)
-        schedule[:first] = False
-        schedule[first + np.floor(spread * (steps - first) + 1e-6).astype(int)] = False
-        schedule &= planner.limits.allowed
-        if any(run_lengths(schedule[:, b]).max() > planner.limits.max_reuse for b in range(branches)):
-            return None
-        if planner.macs_ratio(schedule) <= target + 1e-9:
-            return schedule
-    return None
 
 
 def run_lengths(decisions: Bools) -> npt.NDArray[np.int64]:

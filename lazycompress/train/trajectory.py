@@ -18,13 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..runtime import LazyModel
 from ..sampling import Sampler
+from .forecast import forecast_weights
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Effects:
 
     Attributes:
         effects: [samples, probes, steps, branches, ages]; age 0 is the freshly computed output.
+        whole: the same for the model's output in place of a branch's, [samples, probes, steps, 1, ages]: what it does to reuse
+            all branches at once. Branches that are reused together do not react to each other, which their own effects,
+            measured while all others compute, do not see. Around the dense trajectory only; else it holds no step.
         offset: [samples, probes], the projected error of the schedule itself.
         error: [samples], its true mean squared error to the dense image.
         timesteps: of the steps, float32 [steps].
@@ -43,6 +50,7 @@ class Effects:
     """
 
     effects: Tensor
+    whole: Tensor
     offset: Tensor
     error: Tensor
     timesteps: Tensor
@@ -63,6 +71,7 @@ class Effects:
             raise InputError(f"the sampler calls the model {counts} times in different runs: gates need a fixed number")
         return Effects(
             torch.cat([p.effects for p in parts]),
+            torch.cat([p.whole for p in parts]),
             torch.cat([p.offset for p in parts]),
             torch.cat([p.error for p in parts]),
             parts[0].timesteps,
@@ -113,7 +122,7 @@ class _Tape:
         if not reuse:
             # Before the first step nothing depends on a gradient: the output becomes the tape's leaf.
             leaves = [f if f.requires_grad or not self.record else f.detach().requires_grad_() for f in fresh]
-            before = self._kept[key][-1:] if may_reuse and key in self._kept else []
+            before = self._kept[key][-self.order :] if self.order and may_reuse and key in self._kept else []
             self._kept[key] = [*before, (step, leaves)]
         outputs = self._outputs(self._kept[key], step)
         if self.record:
@@ -123,11 +132,13 @@ class _Tape:
 
     def _outputs(self, kept: list[tuple[int, list[Tensor]]], step: int) -> list[Tensor]:
         last, values = kept[-1]
-        if step == last or len(kept) < 2 or not self.order:
+        if step == last or len(kept) < 2:
             return [value.view_as(value) for value in values]
-        (first, older), _ = kept
-        q = (self.times[step] - self.times[last]) / (self.times[last] - self.times[first])
-        return [value + q * (value - old) for value, old in zip(values, older, strict=True)]
+        computed = np.array([at for at, _ in kept])
+        found = forecast_weights(np.array(self.times), computed, np.array([step]), len(kept) - 1)
+        weights = [float(weight[0]) for weight, _ in reversed(found)]
+        parts = zip(*(values for _, values in kept), strict=True)
+        return [sum_of(weights, part) for part in parts]
 
     def _begin(self, may_reuse: bool, batch: int) -> None:
         self._call, self._context, self.batch = self.lazy.usage.calls, self.lazy.context, batch
@@ -142,6 +153,14 @@ class _Tape:
         self.used[-1][self._context] = {}
         self.may_reuse[-1] &= may_reuse
 
+    def outputs(self, model: Any, args: Any, output: Any) -> None:
+        """Forward hook of the model: its outputs are recorded like those of one more branch."""
+        values = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
+        values = [v for v in values if v.dim() > 1 and v.shape[0] % self.batch == 0]
+        number = len(self.lazy.branches)
+        self.fresh[-1][self._context][number] = [value.detach() for value in values]
+        self.used[-1][self._context][number] = values
+
     def per_image(self, values: Tensor, images: int) -> Tensor:
         """Sums per image, [images, ...], of values per sample of a call, [batch, ...].
 
@@ -150,6 +169,14 @@ class _Tape:
         if self.batch % images:
             return (values.sum(dim=0) / images).expand(images, *values.shape[1:]).cpu()
         return values.reshape(-1, images, *values.shape[1:]).sum(dim=0).cpu()
+
+
+def sum_of(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of some tensors."""
+    total = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * value
+    return total
 
 
 def run(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None) -> Tensor:
@@ -195,10 +222,13 @@ def linearise(
         parameter.requires_grad_(False)
     lazy.reset()
     torch.manual_seed(seed)
+    hook = lazy.register_forward_hook(tape.outputs) if schedule is None else None
     try:
         with torch.enable_grad(), lazy.controlled(tape):
             image = sampler(lazy)
     finally:
+        if hook is not None:
+            hook.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
     steps = tape.steps
@@ -220,8 +250,8 @@ def linearise(
     flat = image.reshape(samples, -1)
     difference = torch.zeros_like(flat) if dense is None else (flat - dense.reshape(samples, -1)).detach()
     generator = torch.Generator().manual_seed(seed)
-    ages = max_age + 1 + (max_age + 1) * tape.order
-    effects = torch.zeros(samples, probes, steps, branches, ages)
+    ages = (max_age + 1) * (1 + tape.order)
+    effects = torch.zeros(samples, probes, steps, branches + 1, ages)
     offset = torch.zeros(samples, probes)
     for k in range(probes):
         signs = torch.randint(0, 2, flat.shape, generator=generator).to(flat) * 2 - 1
@@ -233,7 +263,8 @@ def linearise(
             effects[:, k, :, b] += _effects_of(tape, found, (context, b, s), samples, ages)
     forwards = steps * (1.0 + 2 * probes + sampled)
     return Effects(
-        effects,
+        effects[..., :branches, :],
+        effects[..., branches:, :] if schedule is None else effects[:, :, :0, branches:],
         offset,
         difference.square().mean(dim=1),
         torch.tensor(tape.timesteps),
