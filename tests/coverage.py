@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lazycompress.graph.capture import take_apart
 from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import Branch
 from lazycompress.graph.ops import macs_of
+from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap
 
 from .zoo.specimen import Specimen, reuse_reference
@@ -193,15 +194,6 @@ def at_other_sizes(lazy: LazyModel, specimen: Specimen, most: int = 2) -> float 
             worst = max(worst or 0.0, difference(lazy(**second), lazy.model(**second)), difference(reused, wanted))
         assert lazy.program(take_apart(lazy.model, (), second)).captured is captured
     return worst
-
-
-def resized(tensors: list[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The tensors repeated and cut to other shapes."""
-    found = []
-    for tensor, shape in zip(tensors, shapes, strict=True):
-        whole = tensor.repeat([-(-wanted // size) for size, wanted in zip(tensor.shape, shape, strict=True)])
-        found.append(whole[tuple(slice(n) for n in shape)].contiguous())
-    return found
 
 
 def batch_of_three(lazy: LazyModel, specimen: Specimen) -> tuple[float | None, str]:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from lazycompress.graph.capture import capture, take_apart
+from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import locate_branches
+from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap
 
-from .coverage import difference, resized, specimens
+from .coverage import difference, specimens
 from .export_models import lively
 from .zoo.specimen import Specimen
 
@@ -41,8 +43,6 @@ def inputs(lazy: LazyModel, specimen: Specimen, shapes: list[tuple[int, ...]], s
 def make(specimen: Specimen, order: int = 1, spread: float = 0.3) -> LazyModel:
     model = specimen.build()
     first, last = (take_apart(model, (), specimen.inputs(2, step)) for step in (0, 19))
-    from lazycompress.graph.insert import find_timestep
-
     where = find_timestep(first.leaves, first.tensors)
     times = torch.linspace(float(first.tensors[where].max()), float(last.tensors[where].max()), 20)
     return wrap(model, (), specimen.inputs(2, 0), lively(times, spread, order))

@@ -41,7 +41,8 @@ _TIMESTEP = re.compile(
 class StateSpec:
     """One tensor that a call leaves for the next: name, sizes, dtype.
 
-    Of its sizes -1 is the batch, or `scale` times it, and -2 one that changes with the sizes of the inputs.
+    Of its sizes -1 is the batch, or `scale` times it, and -2 one that changes with the sizes of the inputs; `example` holds
+    what they were at capture.
     """
 
     name: str
@@ -49,6 +50,13 @@ class StateSpec:
     dtype: torch.dtype
     fill: float = 0.0
     scale: int = 1
+    example: tuple[int, ...] = ()
+
+    @property
+    def fixed(self) -> StateSpec:
+        """The same state for the sizes at capture, and any batch."""
+        sizes = zip(self.shape, self.example or self.shape, strict=True)
+        return replace(self, shape=tuple(seen if size == -2 else size for size, seen in sizes))
 
     def fresh(self, batch: int, device: torch.device) -> Tensor:
         """The state before the first step of an image; what depends on the sizes of the inputs has size 1."""
@@ -176,6 +184,9 @@ def insert_gates(
     streams = [(i, node) for i, branch in enumerate(branches) for node in branch.exits]
     cache_of = dict(zip(streams, past[clock:caches_end], strict=True))
     rates_of = {key: past[caches_end + k :: len(streams)] for k, key in enumerate(streams)}
+    for i, node in streams:
+        for stored in (cache_of[i, node], *rates_of[i, node]):
+            stored.meta["like"] = node.meta["val"].transpose(0, batch_dim(node, batch))  # whose sizes it has
     scale_of = dict(zip(streams, (spec.scale for spec in state[clock:]), strict=False))
     paces: dict[int, fx.Node] = {}
     held: dict[tuple[int, fx.Node], list[fx.Node]] = {}
@@ -322,4 +333,4 @@ def cache_spec(name: str, node: fx.Node, batch: int | torch.SymInt, sizes: Colle
             f"the first dimension of {node.name} {list(value.shape)} is not the batch or a multiple of it"
         )
     shape = (-1, *(-2 if is_dynamic(size) else size_hint(size) for size in value.shape[1:]))
-    return StateSpec(name, shape, value.dtype, scale=scale)
+    return StateSpec(name, shape, value.dtype, scale=scale, example=tuple(map(size_hint, value.shape)))

@@ -58,6 +58,8 @@ class LazyBranch(nn.Module):
         self.gather = gather
         #: From the operands the shape of each output, where more than its batch is dynamic.
         self.shapes = shapes
+        #: While exported: whether inputs may have other sizes than the example's.
+        self.any_size = True
         #: Rows of dim 0 per sample that each cache has.
         self.scales = scales
         #: One decision for the whole batch: everyone reuses or everyone computes. Nothing is gathered then.
@@ -189,8 +191,9 @@ class LazyBranch(nn.Module):
         # Bodies must agree on the layout of what they give, hence `contiguous` in each; with dynamic sizes they cannot
         # be seen to agree but on one dimension.
         def plain(value: Tensor, always: bool = False) -> Tensor:
-            value = value.clone(memory_format=torch.contiguous_format) if always else value.contiguous()
-            return value if self.shapes is None else value.flatten()
+            flat = self.shapes is not None and self.any_size
+            value = value.clone(memory_format=torch.contiguous_format) if always or flat else value.contiguous()
+            return value.flatten() if flat else value
 
         def everyone(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, operands, rates = apart(rest)
@@ -222,7 +225,7 @@ class LazyBranch(nn.Module):
 
     def _sized(self, results: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
         """Results in their shapes, which `torch.export` then knows, whichever way they came."""
-        if self.shapes is None:
+        if self.shapes is None or not self.any_size:
             return list(results)
         own = self.shapes(*operands)
         each = len(results) // len(own) - 1  # rates of each cache

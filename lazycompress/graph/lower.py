@@ -238,7 +238,7 @@ def _extract(
                 if value not in kind:
                     kind.append(value)
     needed = {size.meta["val"].node.expr for size in sizes} | {size for node in fresh for _, size in _dims(node)}
-    outside += _carriers(needed, outside, [n for n in source.graph.nodes if n.op == "placeholder"], batch)
+    outside += _carriers(needed, outside, list(source.graph.nodes)[: len(flat.leaves)], batch)
 
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}

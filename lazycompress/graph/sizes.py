@@ -24,7 +24,7 @@ _TRIALS = (Fraction(2), Fraction(1, 2), Fraction(3, 2))
 
 
 class Sizes:
-    """The sizes that a graph takes; the batch is not looked at.
+    """The sizes that a graph takes, of any batch.
 
     Args:
         inputs: values of the placeholders, with symbolic sizes.
@@ -101,8 +101,9 @@ class Sizes:
         for shape, dims, batch_dim in zip(shapes, self._dims, self._batch_dims, strict=True):
             for d, (size, dim) in enumerate(zip(shape, dims, strict=True)):
                 if d == batch_dim:
-                    continue
-                if isinstance(dim, int):
+                    if size != batch:
+                        return False
+                elif isinstance(dim, int):
                     if size != dim:
                         return False
                 elif dim.is_Symbol:
@@ -161,6 +162,15 @@ class Sizes:
                     values[symbol] = _number(expression, values)
             if self._allow(values):
                 yield values
+
+
+def resized(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The tensors repeated and cut to other shapes."""
+    found = []
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        whole = tensor.repeat([-(-wanted // size) for size, wanted in zip(tensor.shape, shape, strict=True)])
+        found.append(whole[tuple(slice(n) for n in shape)].contiguous())
+    return found
 
 
 def _number(expression: Any, values: Mapping[sympy.Symbol, int]) -> Any:
