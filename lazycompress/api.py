@@ -11,7 +11,7 @@ from torch import nn
 from .errors import InputError, RecipeError
 from .graph.capture import ExampleInputs, call_of, capture
 from .graph.located import Branches, located
-from .recipe import Recipe, load_recipe
+from .recipe import IgnoredScope, Recipe, load_recipe
 from .runtime import LazyModel
 from .sampling import Sampler, build_inputs, build_sampler, first_call
 
@@ -108,7 +108,7 @@ def make_lazy(
     Raises:
         LazyCompressError: as for `apply`; what needs only the recipe to be seen is said before anything is done.
     """
-    _check(recipe, sampler)
+    _check(recipe, sampler, model, example_inputs)
     learns = recipe.train.enabled and sampler is not None
     before: list[Any] = []
     if recipe.prune is not None and sampler is not None:
@@ -135,7 +135,7 @@ def make_lazy(
             learn()
             lazy.reports.append(quantize(lazy, sampler, recipe.quantize, seed=recipe.train.seed))
         else:
-            lazy.set_gates(lazy.gates.like(order=int(recipe.forecast), static=1))
+            lazy.set_gates(lazy.gates.like(order=recipe.forecast, static=1))
             lazy.reports.append(quantize(lazy, sampler, recipe.quantize, seed=recipe.train.seed))
             with lazy.instead(straight_through(lazy.program(lazy.example).flat)):
                 learn()
@@ -146,15 +146,17 @@ def make_lazy(
     return lazy
 
 
-def _check(recipe: Recipe, sampler: Sampler | None) -> None:
+def _check(recipe: Recipe, sampler: Sampler | None, model: nn.Module, example_inputs: ExampleInputs) -> None:
     """What is wrong with the stages of a recipe, before any work.
 
     Raises:
-        RecipeError: a stage has nothing to work on. MissingExtraError: its package is not installed.
+        RecipeError: a stage has nothing to work on, or names something that is not there.
+        MissingExtraError: its package is not installed.
     """
     weights = recipe.weights
     aware = [name for name in ("awq", "scale_estimation") if weights is not None and getattr(weights, name)]
     needs = "quantize" if recipe.quantize is not None else f"weights.{aware[0]}" if aware else ""
+    needs = needs or ("weights.max_error" if weights is not None and weights.max_error is not None else "")
     needs = needs or ("prune" if recipe.prune is not None else "")
     if needs and sampler is None:
         raise RecipeError(
@@ -168,3 +170,10 @@ def _check(recipe: Recipe, sampler: Sampler | None) -> None:
         from .compose.quantize import need_nncf
 
         need_nncf("quantization" if recipe.quantize is not None else "weight compression")
+    for section in ("quantize", "weights"):
+        options = getattr(recipe, section)
+        if options is not None and options.ignored_scope != IgnoredScope():
+            from .compose.scope import check_types, left_out
+
+            check_types(options.ignored_scope, section)
+            left_out(capture(model, call_of(model, example_inputs)).graph_module.graph, options.ignored_scope, section)

@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     with_model(apply)
     with_recipe(apply)
     apply.add_argument("directory", type=Path, help="where to write the gates")
+    apply.add_argument("--resume", action="store_true", help="go on with a training into this folder that was cut off")
 
     export = command("export", _export, "write a model or a pipeline as OpenVINO or ONNX")
     with_model(export)
@@ -195,8 +196,13 @@ def _apply(options: argparse.Namespace) -> None:
     from .api import apply
     from .integrations.diffusers import lazy_denoisers, load_denoiser, load_pipeline
     from .storage import save
+    from .train.checkpoint import begin, discard
+    from .train.distributed import Group
 
-    recipe, progress = _recipe(options), not options.json
+    recipe, group = _recipe(options), Group.find()
+    progress = not options.json
+    kept = begin(recipe.train.checkpoint, options.directory, options.resume, group)
+    recipe = recipe.with_checkpoint(str(kept))
     made: dict[str, Any]
     if recipe.sampling is None and _is_pipeline(options.model):
         made = dict(lazy_denoisers(apply(load_pipeline(options.model), recipe, progress=progress)))
@@ -205,6 +211,8 @@ def _apply(options: argparse.Namespace) -> None:
         if recipe.sampling is None:
             raise RecipeError(f"{options.recipe} has no sampling section, from which a single model's inputs come")
         made = {"": apply(model, recipe, progress=progress)}
+    if not group.main:  # what all processes learned is written by one
+        return
     reports = {}
     for name, lazy in made.items():
         folder = options.directory if len(made) == 1 else options.directory / name
@@ -213,6 +221,8 @@ def _apply(options: argparse.Namespace) -> None:
         if progress:
             print(lazy.training_report)
             print(f"gates written to {folder}")
+    if not _recipe(options).train.checkpoint:
+        discard(kept)
     if options.json:
         print(json.dumps(next(iter(reports.values())) if len(reports) == 1 else reports))
 

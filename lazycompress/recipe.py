@@ -9,14 +9,21 @@ import difflib
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from .errors import RecipeError
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+#: One share or several. The tags are no keys: messages leave them out.
+Shares = Annotated[
+    Annotated[Share, Tag("a share")] | Annotated[list[Share], Field(min_length=1), Tag("shares")],
+    Discriminator(lambda value: "shares" if isinstance(value, list | tuple) else "a share"),
+]
 
 
 class _Section(BaseModel):
@@ -66,6 +73,10 @@ class Guards(_Section):
     exclude: list[str] = Field(
         default_factory=list, description="branches that always compute: names, or patterns that begin with re:"
     )
+    kind_targets: dict[str, Share] = Field(
+        default_factory=dict,
+        description="share of its MACs that a kind of branch may compute, such as {mlp: 0.4}; the others meet the target",
+    )
 
 
 class Train(_Section):
@@ -77,13 +88,29 @@ class Train(_Section):
     )
     seed: int = Field(0, description="seed of the noise and of the probes")
     effort: Annotated[float, Field(gt=0.0)] = Field(1.0, description="multiplies the sampling runs spent on training")
+    precision: Literal["", "bfloat16"] = Field(
+        "", description="autocast of the runs that have gradients; empty: none. Images are judged without it"
+    )
+    checkpointing: bool = Field(
+        False, description="compute branches again in the backward pass: less memory, more time"
+    )
+    checkpoint: str = Field(
+        "", description="folder that keeps finished sampling runs, from which a training that was cut off goes on"
+    )
+    latents: str = Field(
+        "",
+        description="safetensors or npz file of real images as latents [N, ...] to add noise to, and of their conditions "
+        "(method: paper); empty: sampled ones",
+    )
 
 
 class IgnoredScope(_Section):
     """NNCF's IgnoredScope: what stays in floating point."""
 
-    names: list[str] = Field(default_factory=list, description="names of graph nodes")
-    patterns: list[str] = Field(default_factory=list, description="regular expressions of such names")
+    names: list[str] = Field(
+        default_factory=list, description="names of graph nodes, or of the modules that their weights belong to"
+    )
+    patterns: list[str] = Field(default_factory=list, description="regular expressions of such names, whole ones")
     types: list[str] = Field(default_factory=list, description="NNCF operation types")
 
 
@@ -96,6 +123,13 @@ class Quantize(_Section):
     fast_bias_correction: bool = Field(True, description="correct biases on statistics alone")
     smooth_quant_alpha: float = Field(-1.0, description="SmoothQuant's alpha; -1 switches it off")
     ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what is left out, besides all that is no branch")
+    max_error: float | None = Field(
+        None, gt=0.0, description="largest mean squared error of held-out final latents to the model before the stage"
+    )
+    on_error: Literal["stop", "fall_back"] = Field(
+        "stop",
+        description="where max_error is not kept: stop, or leave out the layers that hurt most, by measurement, until it is",
+    )
 
 
 class Weights(_Section):
@@ -112,6 +146,14 @@ class Weights(_Section):
         None, description="scales that minimise the output's error (needs calibration)"
     )
     subset_size: int = Field(32, ge=1, description="calls of the model to calibrate on")
+    ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what keeps its weights as they are")
+    max_error: float | None = Field(
+        None, gt=0.0, description="largest mean squared error of held-out final latents to the model before the stage"
+    )
+    on_error: Literal["stop", "fall_back"] = Field(
+        "stop",
+        description="where max_error is not kept: stop, or leave out the layers that hurt most, by measurement, until it is",
+    )
 
 
 class Prune(_Section):
@@ -139,10 +181,22 @@ class Export(_Section):
 class Recipe(_Section):
     """A whole recipe. Every key may be left out."""
 
-    target: Share = Field(0.5, description="share of the branches' MACs that may be computed")
-    forecast: bool = Field(
-        True,
-        description="reuse goes on along the line through the last two computed outputs; false repeats the last one",
+    target: Shares = Field(
+        0.5,
+        description="share of the branches' MACs that may be computed; of a list the first is in force, and one training "
+        "leaves a schedule for each, see LazyModel.set_target",
+    )
+    schedule: Literal["static", "gates"] | None = Field(
+        None,
+        description="static: one decision per step and branch for all samples, no gates at run time, gates that look at the "
+        "sample frozen to the majority of their decisions; gates: as they are trained; left out: static in the sampler's "
+        "loop, gates for method: paper",
+    )
+    forecast: int = Field(
+        2,
+        ge=0,
+        le=2,
+        description="reuse goes on along the parabola (2) or the line (1) through the last computed outputs; 0 repeats the last",
     )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
     guards: Guards = Field(Guards(), description="where reuse is forbidden")
@@ -165,14 +219,49 @@ class Recipe(_Section):
                 raise ValueError("order: quantize_train needs a quantize section; add one, or leave order out")
             if not self.train.enabled or self.train.method == "paper":
                 raise ValueError("order: quantize_train needs train.enabled: true and train.method: trajectory")
+        self._methods()
         if self.quantize is not None and self.weights is not None:
             raise ValueError("quantize stores weights in 8 bits already: keep one of the sections quantize and weights")
+        size = self.weights.group_size if self.weights is not None else None
+        if size is not None and size != -1 and size < 1:
+            raise ValueError(f"weights.group_size is a number of weights, or -1 for a whole channel; there was {size}")
         if self.weights is not None and self.weights.mode.startswith("int8"):
             given = [k for k in ("ratio", "group_size", "all_layers", "awq", "scale_estimation")
                      if getattr(self.weights, k) is not None]  # fmt: skip
             if given:
                 raise ValueError(f"weights.{given[0]} is an option of the int4 modes; mode is {self.weights.mode}")
         return self
+
+    def _methods(self) -> None:
+        paper = self.train.method == "paper"
+        if self.train.enabled and self.schedule == "gates" and not paper:
+            raise ValueError(
+                "schedule: gates needs train.method: paper; training in the loop learns one decision per step and branch"
+            )
+        if paper and self.guards.kind_targets:
+            raise ValueError(
+                "guards.kind_targets needs train.method: trajectory; the paper's gates share one threshold"
+            )
+        if paper and self.schedule != "static" and len(self.targets) > 1:
+            raise ValueError("target: a list needs schedule: static with train.method: paper; or keep one target")
+        if self.train.latents and not paper:
+            raise ValueError("train.latents needs train.method: paper; training in the loop starts from noise")
+        if self.train.latents and self.sampling is None:
+            raise ValueError("train.latents needs a sampling section: its scheduler adds the noise")
+
+    @property
+    def targets(self) -> list[float]:
+        """All targets, the one in force first."""
+        return list(self.target) if isinstance(self.target, list) else [self.target]
+
+    def with_checkpoint(self, folder: str) -> Recipe:
+        """The same recipe with another `train.checkpoint`."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"checkpoint": folder})})
+
+    def checkpoint_of(self, part: str) -> Recipe:
+        """The recipe for one of several models: each has a folder of its own in the checkpoint."""
+        folder = self.train.checkpoint
+        return self.with_checkpoint(str(Path(folder) / part)) if folder else self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -244,7 +333,7 @@ def _override(data: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 def _explain(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"] if part not in ("a share", "shares")]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         known = _fields(Recipe, location[:-1])
@@ -277,8 +366,7 @@ def reference() -> str:
             inner = _section_of(field.annotation)
             if inner is not None:
                 sections.append((f"{prefix}{name}.", inner))
-            kind = "section" if inner is not None else str(field.annotation).replace("typing.", "").replace("|", "or")
-            kind = kind.removeprefix("<class '").removesuffix("'>")
+            kind = "section" if inner is not None else _kind(field.annotation)
             default = (
                 "required"
                 if field.is_required()
@@ -289,6 +377,19 @@ def reference() -> str:
             lines.append(f"| `{prefix}{name}` | {kind} | {default} | {field.description} |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _kind(annotation: Any) -> str:
+    """A type as one reads it, its constraints left out."""
+    if get_origin(annotation) is Annotated:
+        return _kind(annotation.__origin__)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_kind(option) for option in annotation.__args__)
+    if get_origin(annotation) in (list, dict):
+        return f"{get_origin(annotation).__name__}[{', '.join(_kind(option) for option in annotation.__args__)}]"
+    if annotation is type(None):
+        return "None"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -33,17 +33,12 @@ _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
 
 
 class _Program:
-    """One capture, ready to run: shares weights and gates with every other capture of the same model.
+    """One capture, ready to run: shares weights and gates with every other capture of the same model."""
 
-    Attributes:
-        before: the flat graph before its activations were quantized; None if they were not.
-    """
-
-    def __init__(self, captured: Capture, flat: LazyGraph, lowered: LazyGraph, before: LazyGraph | None = None) -> None:
+    def __init__(self, captured: Capture, flat: LazyGraph, lowered: LazyGraph) -> None:
         self.captured = captured
         self.flat = flat
         self.lowered = lowered
-        self.before = before
 
 
 class LazyModel(nn.Module):
@@ -254,8 +249,7 @@ class LazyModel(nn.Module):
         precision.
         """
         program = self.program(self.example)
-        before = program.before or (program.flat if stage == "quantize" else None)
-        self._programs = {self.example.key: [_Program(program.captured, flat, lower(flat), before)]}
+        self._programs = {self.example.key: [_Program(program.captured, flat, lower(flat))]}
         self.stages = [*self.stages, stage]
         self.reset()
 
@@ -271,13 +265,6 @@ class LazyModel(nn.Module):
             self._programs = kept
             self._swap_gates(self.gates)
 
-    @contextmanager
-    def before_quantization(self) -> Iterator[None]:
-        """Within the block the example's calls run as they did before the stage "quantize"."""
-        program = self.program(self.example)
-        with self.instead(program.before or program.flat):
-            yield
-
     def _swap_gates(self, gates: Gates) -> None:
         if (int(gates.order), int(gates.static)) != (int(self.gates.order), int(self.gates.static)):
             raise LazyCompressError(
@@ -289,8 +276,6 @@ class LazyModel(nn.Module):
             for program in programs:
                 program.flat.graph_module.lazy_gates = gates
                 program.lowered.graph_module.lazy_gates = gates
-                if program.before is not None:
-                    program.before.graph_module.lazy_gates = gates
         self.reset()
 
     def set_gates(self, gates: Gates) -> None:

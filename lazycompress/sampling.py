@@ -80,13 +80,18 @@ def build_sampler(sampling: Sampling) -> Sampler:
                 },
                 **inputs,
             )
-            prediction = first_tensor(output)
-            # Models that predict a variance too put it in a second half of the channels.
-            prediction = prediction[:, : sample.shape[1]] if prediction.shape[1] == 2 * sample.shape[1] else prediction
-            sample = scheduler.step(prediction, timestep, sample).prev_sample
+            sample = scheduler.step(prediction_of(first_tensor(output), sample), timestep, sample).prev_sample
         return sample
 
     return sampler
+
+
+def prediction_of(output: Tensor, sample: Tensor) -> Tensor:
+    """What of a model's output the scheduler takes.
+
+    Models that predict a variance too put it in a second half of the channels.
+    """
+    return output[:, : sample.shape[1]] if output.shape[1] == 2 * sample.shape[1] else output
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -67,7 +67,8 @@ def save(lazy: LazyModel, directory: str | Path) -> Path:
     call = lazy.example
     description = {
         "lazycompress": __version__,
-        "recipe": lazy.recipe.model_dump(mode="json") if lazy.recipe is not None else None,
+        # But for a folder of the machine that trained.
+        "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
         "direction": int(lazy.gates.direction),
         "timestep_input": lazy.timestep_input,
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],

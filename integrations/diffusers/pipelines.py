@@ -130,7 +130,8 @@ def apply_to_pipeline(
                 hooks.append(made[name].register_forward_hook(lambda module, *_: contexts.add(module.context)))
                 return made[name]
 
-            lazy = make_lazy(dense, inputs, recipe, sample, make=make, progress=progress)
+            own = recipe.checkpoint_of(name) if len(calls) > 1 else recipe
+            lazy = make_lazy(dense, inputs, own, sample, make=make, progress=progress)
             for hook in hooks:
                 hook.remove()
             hooks.clear()

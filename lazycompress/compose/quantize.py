@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +21,14 @@ from torch import Tensor, fx
 
 from ..errors import ComposeError, MissingExtraError
 from ..graph.insert import LazyGraph
-from ..graph.ops import FOUR_BITS, is_heavy
+from ..graph.ops import is_heavy
 from ..recipe import Quantize, Weights
 from ..runtime import LazyModel
 from ..sampling import Sampler
 from .fixed import Fixed
+from .guard import HeldOut, counts, worst_first
+from .inline import inline
+from .scope import has_weight, is_constant, label, left_out
 
 _QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
@@ -33,44 +37,73 @@ _FAKE = torch.ops.aten.fake_quantize_per_tensor_affine.default
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What a stage did: its name, matmuls of branches it changed and left alone, and seconds."""
+    """What a stage did.
+
+    Attributes:
+        stage: its name.
+        changed: matmuls and convolutions with a weight, in branches, that it changed.
+        left: those that it left alone.
+        seconds: wall time.
+        error: mean squared error of held-out final latents to the model before; None where the recipe sets no limit.
+        spared: layers that were left out because they hurt most.
+    """
 
     stage: str
     changed: int
     left: int
     seconds: float
+    error: float | None = None
+    spared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.stage}: {self.changed} matmuls and convolutions of branches, {self.left} left, {self.seconds:.1f} s"
-        )
+        error = "" if self.error is None else f", error of held-out latents {self.error:.1e}"
+        spared = f", left out as they hurt most: {', '.join(self.spared)}" if self.spared else ""
+        return f"{self.stage}: {self.changed} layers of branches, {self.left} left, {self.seconds:.1f} s{error}{spared}"
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Names of the layers that have weights: in branches, elsewhere, and in branches but to be left out."""
+
+    inside: list[str]
+    outside: list[str]
+    spared: list[str]
+
+
+_Run = Callable[[fx.GraphModule, _Layers], fx.GraphModule]
 
 
 def quantize(lazy: LazyModel, sampler: Sampler, options: Quantize, *, seed: int = 0) -> ComposeReport:
     """Quantize weights and activations of the branches to 8 bits, in place.
 
+    Products of two activations (attention) stay in floating point: runtimes have no 8-bit kernel for them in a branch.
+
     Args:
         lazy: the model; quantized for every batch, and for the other sizes that its example has.
         sampler: as for training; its runs are the calibration set.
-        options: NNCF's parameters.
+        options: NNCF's parameters, and how large the error may be.
         seed: of the calibration noise.
 
     Raises:
-        ComposeError: NNCF cannot quantize this graph.
+        ComposeError: NNCF cannot quantize this graph, the error is above the limit, or a stage was there before.
+        RecipeError: the ignored scope names something that is not there.
         MissingExtraError: NNCF is not installed.
     """
+    started = time.perf_counter()
     nncf = need_nncf("post-training quantization")
+    graph = _untouched(lazy, "quantize").graph_module.graph
+    ignored = left_out(graph, options.ignored_scope, "quantize")
+    products = [node.name for node in graph.nodes if is_heavy(node) and not has_weight(node)]
     data = calibration(lazy, sampler, options.subset_size, seed)
-    scope = nncf.IgnoredScope(
-        names=list(options.ignored_scope.names), patterns=list(options.ignored_scope.patterns),
-        types=list(options.ignored_scope.types), validate=False,
-    )  # fmt: skip
     alpha = options.smooth_quant_alpha
     alphas = nncf.AdvancedSmoothQuantParameters(convolution=alpha, matmul=alpha)
     advanced = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=alphas)
 
-    def run(module: fx.GraphModule, inside: list[str], outside: list[str]) -> fx.GraphModule:
-        scope.names.extend(outside)
+    def run(module: fx.GraphModule, layers: _Layers) -> fx.GraphModule:
+        scope = nncf.IgnoredScope(
+            names=list(dict.fromkeys([*layers.outside, *layers.spared, *ignored, *products])),
+            types=list(options.ignored_scope.types), validate=False,
+        )  # fmt: skip
         result: fx.GraphModule = nncf.quantize(
             module, nncf.Dataset(data, lambda item: item), model_type=nncf.ModelType(options.model_type),
             preset=nncf.QuantizationPreset(options.preset), subset_size=len(data), ignored_scope=scope,
@@ -78,65 +111,135 @@ def quantize(lazy: LazyModel, sampler: Sampler, options: Quantize, *, seed: int 
         )  # fmt: skip
         return result
 
-    return _compose(lazy, "quantize", data[0], run)
+    return _compose(lazy, "quantize", data, run, options, sampler, seed, started)
 
 
 def compress_weights(lazy: LazyModel, sampler: Sampler | None, options: Weights, *, seed: int = 0) -> ComposeReport:
     """Store weights in 8 or 4 bits, in place; arithmetic stays in floating point.
 
     4 bits are for the branches; all other layers (modulation, embeddings of time, projections) then have 8, since they act on
-    every token at once and are a third of a DiT's weights.
+    every token at once and are a third of a DiT's weights. So do layers of branches that are spared.
 
-    Args and errors as for `quantize`; without data-aware options no sampler is needed.
+    Args and errors as for `quantize`; without data-aware options and a limit no sampler is needed.
     """
+    started = time.perf_counter()
     nncf = need_nncf("weight compression")
+    graph = _untouched(lazy, "weights").graph_module.graph
+    ignored = left_out(graph, options.ignored_scope, "weights")
     aware = options.awq or options.scale_estimation
-    data = calibration(lazy, sampler, options.subset_size, seed) if aware and sampler is not None else None
+    limited = options.max_error is not None
+    if (aware or limited) and sampler is not None:
+        data = calibration(lazy, sampler, options.subset_size, seed)
+    else:
+        data = [calibration_of_example(lazy)]
     own = {key: value for key in ("ratio", "group_size", "all_layers", "awq", "scale_estimation")
            if (value := getattr(options, key)) is not None}  # fmt: skip
-    if data is not None:
+    if aware:
         own |= {"dataset": nncf.Dataset(data, lambda item: item), "subset_size": len(data)}
+    four = options.mode.startswith("int4")
+    if four:  # groups that do not divide a layer's width become smaller there
+        adjust = nncf.GroupSizeFallbackMode.ADJUST
+        own["advanced_parameters"] = nncf.AdvancedCompressionParameters(group_size_fallback_mode=adjust)
 
-    def run(module: fx.GraphModule, inside: list[str], outside: list[str]) -> fx.GraphModule:
-        mode = nncf.CompressWeightsMode(options.mode)
-        if options.mode.startswith("int4"):
-            others = nncf.IgnoredScope(names=inside, validate=False)
-            module = nncf.compress_weights(module, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=others)
-            own["ignored_scope"] = nncf.IgnoredScope(names=outside, validate=False)
-        result: fx.GraphModule = nncf.compress_weights(module, mode=mode, **own)
+    def run(module: fx.GraphModule, layers: _Layers) -> fx.GraphModule:
+        scope = list(dict.fromkeys([*layers.spared, *ignored]))
+        if four:
+            chosen = set(layers.inside) - set(layers.spared)
+            eight = nncf.IgnoredScope(names=[*chosen, *ignored], validate=False)
+            module = nncf.compress_weights(module, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=eight)
+            scope += layers.outside
+        result: fx.GraphModule = nncf.compress_weights(
+            module, mode=nncf.CompressWeightsMode(options.mode),
+            ignored_scope=nncf.IgnoredScope(names=scope, types=list(options.ignored_scope.types), validate=False), **own,
+        )  # fmt: skip
         return result
 
-    example = data[0] if data is not None else calibration_of_example(lazy)
-    return _compose(lazy, "weights", example, run)
+    return _compose(lazy, "weights", data, run, options, sampler, seed, started)
+
+
+def _untouched(lazy: LazyModel, stage: str) -> LazyGraph:
+    """The model's flat graph.
+
+    Raises:
+        ComposeError: it went through such a stage before.
+    """
+    if lazy.stages:
+        raise ComposeError(
+            f"{stage}: the model went through {', '.join(lazy.stages)} already, and weights are made smaller once: make the "
+            "dense model lazy again, with one of the sections quantize and weights"
+        )
+    return lazy.program(lazy.example).flat
 
 
 def _compose(
     lazy: LazyModel,
     stage: str,
-    example: Sequence[Tensor],
-    run: Callable[[fx.GraphModule, list[str], list[str]], fx.GraphModule],
+    data: Sequence[Sequence[Tensor]],
+    run: _Run,
+    options: Quantize | Weights,
+    sampler: Sampler | None,
+    seed: int,
+    started: float,
 ) -> ComposeReport:
-    started = time.perf_counter()
     flat = lazy.program(lazy.example).flat
-    inside = {node.name for branch in flat.branches for node in branch.nodes}
-    heavy = [node.name for node in flat.graph_module.graph.nodes if is_heavy(node)]
-    fixed = Fixed(flat, example)
-    level = logging.getLogger("nncf").level
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    try:
-        module = run(fixed.module, [n for n in heavy if n in inside], [n for n in heavy if n not in inside])
-    except Exception as error:
-        raise ComposeError(
-            f"{stage}: NNCF stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
-    finally:
-        logging.getLogger("nncf").setLevel(level)
-    result = fixed.back(inline(module))
+    in_branches = {node.name for branch in flat.branches for node in branch.nodes}
+    heavy = {node.name: node for node in flat.graph_module.graph.nodes if has_weight(node)}
+    inside = [name for name in heavy if name in in_branches]
+    outside = [name for name in heavy if name not in in_branches]
+
+    def attempt(spared: list[str]) -> LazyGraph:
+        fixed = Fixed(flat, data[0])
+        with _quiet():
+            try:
+                module = run(fixed.module, _Layers(inside, outside, spared))
+            except Exception as error:
+                text = " ".join(str(error).split())[:300]
+                raise ComposeError(f"{stage}: NNCF stopped: {type(error).__name__}: {text}") from error
+        return fixed.back(inline(module))
+
+    result = attempt([])
+    error: float | None = None
+    spared: list[str] = []
+    if options.max_error is not None and sampler is not None:
+        held_out = HeldOut.of(lazy, sampler, seed)
+        error = held_out.error(result)
+        if error > options.max_error and options.on_error == "stop":
+            raise ComposeError(
+                f"{stage}.max_error: the mean squared error of held-out final latents to the model before is {error:.2e}, "
+                f"allowed are {options.max_error:.2e}; set {stage}.on_error: fall_back to leave out the layers that hurt "
+                "most, or allow more"
+            )
+        changed = [name for name in inside if _is_changed(result, name)]
+        order = worst_first(flat, result, data, changed) if error > options.max_error else []
+        for count in counts(len(order)) if order else []:
+            spared = order[:count]
+            result = attempt(spared)
+            error = held_out.error(result)
+            if error <= options.max_error:
+                break
+        if error > options.max_error:
+            raise ComposeError(
+                f"{stage}.max_error: with the {len(spared)} of {len(changed)} layers left out that hurt most, the mean "
+                f"squared error of held-out final latents still is {error:.2e}, allowed are {options.max_error:.2e}; allow "
+                f"more, or leave the section {stage} out"
+            )
+    changed_now = sum(_is_changed(result, name) for name in inside)
     lazy.replace_flat(result, stage)
-    changed = sum(1 for name in heavy if name in inside and _is_changed(result, name))
     return ComposeReport(
-        stage, changed, len([n for n in heavy if n in inside]) - changed, time.perf_counter() - started
-    )
+        stage, changed_now, len(inside) - changed_now, time.perf_counter() - started, error,
+        tuple(label(heavy[name]) for name in spared),
+    )  # fmt: skip
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def straight_through(flat: LazyGraph) -> LazyGraph:
@@ -157,73 +260,6 @@ def straight_through(flat: LazyGraph) -> LazyGraph:
     module.graph.eliminate_dead_code()
     module.recompile()
     return replace(flat, graph_module=module)
-
-
-def inline(module: fx.GraphModule) -> fx.GraphModule:
-    """Modules that NNCF calls (scales of SmoothQuant, decompressors) as operations of the graph itself.
-
-    4-bit weights that it packs in pairs are taken apart: runtimes pack them in ways of their own. Each then is an integer
-    constant whose name ends in `FOUR_BITS`.
-    """
-    calls = [node for node in module.graph.nodes if node.op == "call_module"]
-    for node in calls:
-        inner = module.get_submodule(str(node.target))
-        traced = fx.symbolic_trace(inner)
-        mapped: dict[fx.Node, Any] = {}
-        inputs = iter(node.args)
-        known: dict[fx.Node, Tensor] = {}  # integers that depend on constants alone
-        with module.graph.inserting_before(node):
-            for part in traced.graph.nodes:
-                if part.op == "placeholder":
-                    mapped[part] = next(inputs)
-                    value = _constant(module, mapped[part])
-                elif part.op == "get_attr":
-                    value = _constant(traced, part)
-                elif part.op == "output":
-                    node.replace_all_uses_with(mapped[part.args[0]])
-                    continue
-                else:
-                    value = _folded(part, known)
-                    if value is None:
-                        for used in part.all_input_nodes:
-                            if used not in mapped:
-                                mapped[used] = _stored(module, f"{node.target}_{used.name}", known[used])
-                        mapped[part] = module.graph.node_copy(part, mapped.__getitem__)
-                if value is not None and not value.is_floating_point():
-                    known[part] = value
-                elif part.op == "get_attr" and value is not None:
-                    mapped[part] = _stored(module, f"{node.target}_{part.target}", value)
-        module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    return module
-
-
-def _folded(part: fx.Node, known: dict[fx.Node, Tensor]) -> Tensor | None:
-    """The integers that a node gives, if it works on known ones alone."""
-    if not part.all_input_nodes or any(used not in known for used in part.all_input_nodes):
-        return None
-    args, kwargs = fx.map_arg((part.args, part.kwargs), known.__getitem__)
-    if part.op == "call_method":
-        value = getattr(args[0], str(part.target))(*args[1:], **kwargs)
-    else:
-        value = part.target(*args, **kwargs)  # type: ignore[operator]
-    return value if isinstance(value, Tensor) and not value.is_floating_point() else None
-
-
-def _stored(module: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
-    low, high = (-8, 7) if value.dtype is torch.int8 else (0, 15)
-    four = not value.is_floating_point() and value.numel() > 1 and low <= int(value.min()) <= int(value.max()) <= high
-    name = name.replace(".", "_") + (FOUR_BITS if four else "")
-    module.register_buffer(name, value.detach().contiguous())
-    return module.graph.get_attr(name)
-
-
-def _constant(module: Any, node: Any) -> Tensor | None:
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    for step in str(node.target).split("."):
-        module = getattr(module, step)
-    return module if isinstance(module, Tensor) else None
 
 
 def calibration(lazy: LazyModel, sampler: Sampler, count: int, seed: int) -> list[tuple[Tensor, ...]]:
@@ -257,21 +293,15 @@ def calibration_of_example(lazy: LazyModel) -> tuple[Tensor, ...]:
 
 
 def _is_changed(flat: LazyGraph, name: str) -> bool:
-    """Whether a matmul reads a value that was stored in fewer bits."""
+    """Whether a matmul reads a weight that is stored in fewer bits."""
     nodes = {node.name: node for node in flat.graph_module.graph.nodes}
-    stack, seen = list(nodes[name].all_input_nodes) if name in nodes else [], 0
-    while stack and seen < 40:
-        node, seen = stack.pop(), seen + 1
-        if "dequantize" in str(node.target) or _stored_narrow(flat, node):
+    stack = [used for used in nodes[name].all_input_nodes if is_constant(used)] if name in nodes else []
+    while stack:
+        node = stack.pop()
+        if _stored_narrow(flat, node):
             return True
-        if node.op == "get_attr" or not is_heavy(node):
-            stack.extend(n for n in node.all_input_nodes if _is_constant(n))
+        stack.extend(node.all_input_nodes)
     return False
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" or (node.op == "call_function" and all(_is_constant(n) for n in node.all_input_nodes)
-                                     and bool(node.all_input_nodes))  # fmt: skip
 
 
 def _stored_narrow(flat: LazyGraph, node: fx.Node) -> bool:

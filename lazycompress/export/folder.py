@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -143,10 +142,7 @@ def _write(
     sizes: bool,
 ) -> dict[str, Any]:
     """Write the model's files; returns the card. What was traced is freed on return."""
-    # ONNX Runtime computes in 8 bits inside of `If` only what it quantizes itself: it gets the model before that.
-    dynamic = format == "onnx" and "quantize" in lazy.stages
-    with lazy.before_quantization() if dynamic else nullcontext():
-        traced = trace(lazy, one_batch=not stateful, decide=decide, sizes=sizes)
+    traced = trace(lazy, one_batch=not stateful, decide=decide, sizes=sizes)
     details: dict[str, Any] = {"weights": weights, "decide": decide, "stages": lazy.stages}
     if format == "openvino":
         from . import openvino as to_openvino
@@ -155,12 +151,8 @@ def _write(
     else:
         from . import onnx as to_onnx
 
-        model = to_onnx.convert(traced, telemetry=telemetry, weights=weights)
-        path = to_onnx.write(model, folder)
-        if dynamic:
-            from .onnx_int8 import quantize
-
-            quantize(path)
+        model = to_onnx.convert(traced, telemetry=telemetry, weights=weights, eight_bits="quantize" in lazy.stages)
+        to_onnx.write(model, folder)
         details |= to_onnx.versions(model)
     return describe(lazy, traced, format, telemetry=telemetry, stateful=stateful) | details
 

@@ -26,6 +26,10 @@ try:
     import onnx_ir as ir
     import torch.onnx
     from onnx_ir.traversal import RecursiveGraphIterator
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.rewriter.onnx_fusions import fuse
+
+    from .onnx_int8 import to_integers
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("onnx", "onnx", "export to ONNX") from _error
 
@@ -41,13 +45,16 @@ _TYPES = {"f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def convert(traced: TracedModel, telemetry: bool = False, weights: Weights = "f32") -> ir.Model:
+def convert(
+    traced: TracedModel, telemetry: bool = False, weights: Weights = "f32", eight_bits: bool = False
+) -> ir.Model:
     """Convert a traced lazy model.
 
     Args:
         traced: the program and its names, traced with one batch size for inputs and state.
         telemetry: keep the output `lazy_decisions`, float32 [branches, batch], 1 where a branch was reused.
         weights: how float32 weights are stored.
+        eight_bits: the branches are quantized: their matmuls become integer ones.
 
     Raises:
         ExportError: the converter does not take the program.
@@ -56,18 +63,22 @@ def convert(traced: TracedModel, telemetry: bool = False, weights: Weights = "f3
         with _quiet():
             program = torch.onnx.export(
                 traced.program, (), input_names=traced.inputs, output_names=traced.outputs, dynamo=True, verbose=False,
-                opset_version=OPSET,
+                opset_version=OPSET, optimize=False,
             )  # fmt: skip
+            assert program is not None
+            model: ir.Model = program.model
+            optimize_ir(model, should_fold=lambda node: False if _restores(node) else None)
+            fuse(model)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"ONNX does not take the lowered graph: {' '.join(lines)[-300:]}") from error
-    assert program is not None
-    model: ir.Model = program.model
     if not telemetry:
         decisions = next(output for output in model.graph.outputs if output.name == DECISIONS)
         model.graph.outputs.remove(decisions)
     _without_notes(model)
     _store_4_bits(model)
+    if eight_bits:
+        to_integers(model)
     if weights != "f32":
         _store_as(model, weights)
     return model
@@ -107,6 +118,14 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _restores(node: ir.Node) -> bool:
+    """Whether a node makes a weight of integers in few bits: small ones would be stored in floating point again."""
+    value = node.inputs[0] if node.op_type == "Cast" else None
+    if value is None or value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8) or value.shape is None:
+        return False
+    return len(value.shape) >= 2 and value.shape[-1] != 1
 
 
 def _without_notes(model: ir.Model) -> None:

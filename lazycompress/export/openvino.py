@@ -23,7 +23,6 @@ from torch.export.decomp_utils import CustomDecompTable
 
 from ..errors import ExportError, MissingExtraError
 from ..graph.insert import StateSpec
-from ..graph.ops import FOUR_BITS
 from .exact import keep_exact
 from .portable import slice_scatter
 from .trace import DECISIONS, TracedModel, Weights, is_weight
@@ -37,6 +36,9 @@ except ImportError as _error:  # pragma: no cover - exercised by the packaging t
     raise MissingExtraError("openvino", "openvino", "export to OpenVINO") from _error
 
 MODEL_FILE = "openvino_model.xml"
+
+#: Smaller constants are not worth storing in 4 bits.
+_LEAST = 32
 
 #: The states that are not caches, as variables and as outputs.
 _CLOCK = {"past_timestep", "past_prints", "past_times", "present_timestep", "present_prints", "present_times"}
@@ -135,19 +137,24 @@ def _store_as(model: ov.Model, weights: Weights) -> None:
 
 
 def _store_4_bits(model: ov.Model) -> None:
-    """Constants of the graph that hold 4-bit integers, one in each byte: two in each byte of the file."""
-    for wide, narrow in ((ov.Type.i8, ov.Type.i4), (ov.Type.u8, ov.Type.u4)):
+    """Integers of 4 bits, one in each byte, that are converted to floats: two in each byte of the file, in bodies too.
+
+    They are told by their values: constants lose their names when conversion moves them into the bodies that read them.
+    """
+    for wide, narrow, low, high in ((ov.Type.i8, ov.Type.i4, -8, 7), (ov.Type.u8, ov.Type.u4, 0, 15)):
         for node in _constants(model, wide):
-            if not any(FOUR_BITS in name for name in (node.get_friendly_name(), *node.output(0).get_names())):
+            values, readers = node.get_data(), list(node.output(0).get_target_inputs())
+            if values.size < _LEAST or values.min() < low or values.max() > high:
                 continue
-            values = node.get_data().astype(np.uint8).reshape(-1) & 15
-            values = np.concatenate([values, np.zeros(len(values) % 2, np.uint8)])
-            packed = values[0::2] | (values[1::2] << 4)
+            if any(reader.get_node().get_type_name() != "Convert" for reader in readers):
+                continue
+            nibbles = values.astype(np.uint8).reshape(-1) & 15
+            nibbles = np.concatenate([nibbles, np.zeros(len(nibbles) % 2, np.uint8)])
             stored = ov.Tensor(narrow, ov.Shape(list(node.get_output_shape(0))))
-            stored.data.view(np.uint8).reshape(-1)[...] = packed
+            stored.data.view(np.uint8).reshape(-1)[...] = nibbles[0::2] | (nibbles[1::2] << 4)
             constant = ov.op.Constant(stored)
             constant.set_friendly_name(node.get_friendly_name())
-            for reader in list(node.output(0).get_target_inputs()):
+            for reader in readers:
                 reader.replace_source_output(constant.output(0))
 
 

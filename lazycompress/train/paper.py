@@ -1,7 +1,7 @@
 """The paper's own training (LazyDiT, arXiv 2412.12444): two steps, soft blend, one gate per step and branch.
 
-1. Dense sampling runs give the model's inputs at every step. (The paper noises real images; a sampler is at hand for any
-   model, a data set is not.)
+1. Dense sampling runs give the model's inputs at every step: a sampler is at hand for any model, a data set is not. Or real
+   images do, with noise added, as in the paper.
 2. An update takes one step: the dense model at the step before fills the caches and gives the input of this step; the
    loss is the squared difference between the dense output and that of the model with each branch blended,
    `keep F(Z) + (1 - keep) cache`, plus a penalty on the keep-scores.
@@ -14,27 +14,35 @@ rate makes up for that (1e-4 per token of the first stream).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import RecipeError
 from ..gate import FORBIDDEN, Gates
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler, first_tensor
-from .trainer import TrainReport, excluded_branches, tell_calls_apart
-from .trajectory import run
+from .checkpoint import Checkpoint, about
+from .distributed import Group
+from .latents import RealLatents, Recorded, Source
+from .memory import check_memory, training_mode
+from .runs import errors_of_gates, own_noise, progress_bar
+from .trainer import TrainReport, clock_times, excluded_branches, tell_calls_apart
 
 UPDATES = 500
 RUNS = 4
 LEARNING_RATE = 1e-4
 #: Change of the penalty's logarithm per update and unit of excess.
 PENALTY_RATE = 0.2
+#: A training that is cut off loses at most so many updates, if it has a checkpoint.
+KEEP_EVERY = 10
+#: The checkpoint's name for the state of the updates.
+KEPT = "updates"
 
 
 class _Blend:
@@ -64,73 +72,103 @@ def train_paper(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     """Learn the gates of a lazy model as the paper does; arguments and errors as in `train_gates`."""
     started = time.perf_counter()
     excluded = excluded_branches(lazy, recipe.guards.exclude)
-    generator_state = torch.get_rng_state()
+    group = Group.find()
     updates = max(1, round(UPDATES * recipe.train.effort))
-    bar = tqdm(total=RUNS + updates, desc="learning gates", unit="step", disable=not progress)
     seed = recipe.train.seed * 1_000_003 + 1
-    try:
+    with own_noise(), progress_bar(RUNS + updates, "step", progress and group.main) as bar:
         lazy.gates.order.fill_(0)
-        tell_calls_apart(lazy, sampler)
-        inputs = []
-        for k in range(RUNS):
-            inputs.append(_record(lazy, sampler, seed + k))
-            bar.update()
-        gates = _new_gates(lazy, recipe, excluded, inputs[0])
-        lazy.set_gates(gates)
-        macs = torch.tensor([float(branch.macs) for branch in lazy.branches])
-        share = macs / macs.sum()
-        tokens = max(1, lazy.branches[0].streams[0].entry.meta["val"][0].numel() // lazy.branches[0].streams[0].width)
-        optimiser = torch.optim.AdamW(gates.parameters(), lr=LEARNING_RATE * tokens, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(seed)
-        penalty = 1e-7
-        for _ in range(updates):
-            calls = inputs[int(torch.randint(RUNS, (), generator=generator))]
-            contexts = [c for c in calls if len(c) > 1]
-            context = contexts[int(torch.randint(len(contexts), (), generator=generator))]
-            step = 1 + int(torch.randint(len(context) - 1, (), generator=generator))
-            error, scores = _distance(lazy, context[step - 1], context[step])
-            keep = 1 - torch.stack([scores[b] for b in range(len(share))])
-            loss = error + penalty * (keep.mean(dim=1) * share.to(keep)).sum() * len(share)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            gates.bias.grad = None  # the paper's gates have none
-            optimiser.step()
-            excess = float(((keep >= 0.5).float().mean(dim=1) * share).sum()) - recipe.target
-            penalty = min(1e3, max(1e-9, penalty * float(torch.tensor(PENALTY_RATE * excess).exp())))
-            bar.update()
-            bar.set_postfix(error=f"{float(error.detach()):.1e}", penalty=f"{penalty:.1e}")
-        ratio = set_threshold(lazy, sampler, recipe.target, seed + RUNS)
-        lazy.reset()
-        torch.manual_seed(seed + RUNS + 1)
-        with torch.no_grad():
-            image = sampler(lazy)
-        torch.manual_seed(seed + RUNS + 1)
-        errors = (image - run(lazy, sampler, None)).square().flatten(1).mean(dim=1)
-        lazy.reset()
-    finally:
-        bar.close()
-        torch.set_rng_state(generator_state)
-    forwards = 5.0 * updates + len(gates.grid) * (RUNS + 12)
+        calls = tell_calls_apart(lazy, sampler)
+        check_memory(lazy, sampler, recipe, 1, group)
+        checkpoint = Checkpoint(recipe.train.checkpoint, about(lazy, recipe, calls[0]), group.main)
+        source: Source
+        if recipe.train.latents and recipe.sampling is not None:
+            source = RealLatents(recipe.train.latents, recipe.sampling, lazy)
+            bar.advance(RUNS)
+        else:
+            source = Recorded()
+            for k in range(RUNS):
+                source.add(lazy, sampler, seed + k)
+                bar.advance()
+        lazy.set_gates(_new_gates(lazy, recipe, excluded, calls[0]))
+        update = _Update(lazy, recipe, group, source, seed)
+        kept = group.same(checkpoint.get(KEPT))
+        first = 0 if kept is None else update.take_up(kept)
+        bar.advance(first)
+        for k in range(first, updates):
+            update()
+            bar.advance()
+            bar.show(error=f"{update.error:.1e}", skipped=f"{update.skipped:.1%}", penalty=f"{update.penalty:.1e}")
+            if group.main and (k + 1) % KEEP_EVERY == 0:
+                checkpoint.put(KEPT, update.kept(k + 1))
+        ratio = set_threshold(lazy, sampler, recipe.targets[0], seed + RUNS)
+        errors = errors_of_gates(lazy, sampler, [seed + RUNS + 1])
+    forwards = (5.0 + source.forwards) * updates * group.size + len(calls[0]) * (RUNS + 12)
     return TrainReport(
-        recipe.target, ratio, float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)), forwards,
+        recipe.targets[0], ratio, float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)), forwards,
         time.perf_counter() - started, [float(errors.mean())],
     )  # fmt: skip
 
 
-def _record(lazy: LazyModel, sampler: Sampler, seed: int) -> list[list[tuple[Any, Any]]]:
-    """Arguments of every call of one dense sampling run, one list for each state that takes turns."""
-    calls: dict[int, list[tuple[Any, Any]]] = {}
+class _Update:
+    """One update of the gates at a time. Processes draw pairs of their own and share the mean of their gradients.
 
-    def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        calls.setdefault(module.context, []).append((args, kwargs))
+    Attributes:
+        penalty: on the share of scores that say "compute".
+        error: of the last update. skipped: share of the MACs that its scores would reuse.
+    """
 
-    hook = lazy.register_forward_hook(after, with_kwargs=True)
-    torch.manual_seed(seed)
-    try:
-        _ = run(lazy, sampler, None)
-    finally:
-        hook.remove()
-    return list(calls.values())
+    def __init__(self, lazy: LazyModel, recipe: Recipe, group: Group, source: Source, seed: int) -> None:
+        self.lazy = lazy
+        self.recipe = recipe
+        self.group = group
+        self.source = source
+        macs = torch.tensor([float(branch.macs) for branch in lazy.branches])
+        self.share = macs / macs.sum()
+        stream = lazy.branches[0].streams[0]
+        tokens = max(1, stream.entry.meta["val"][0].numel() // stream.width)
+        self.optimiser = torch.optim.AdamW(lazy.gates.parameters(), lr=LEARNING_RATE * tokens, weight_decay=0.0)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.penalty = 1e-7
+        self.error = self.skipped = 0.0
+
+    def __call__(self) -> None:
+        # Every process draws the pairs of all, and works on its own.
+        states = torch.randint(2**62, (self.group.size,), generator=self.generator)
+        pair = self.source.pair(torch.Generator().manual_seed(int(states[self.group.rank])))
+        with training_mode(self.lazy, self.recipe):
+            error, scores = _distance(self.lazy, *pair)
+        keep = 1 - torch.stack([scores[b].float() for b in range(len(self.share))])
+        loss = error.float() + self.penalty * (keep.mean(dim=1) * self.share.to(keep)).sum() * len(self.share)
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.lazy.gates.bias.grad = None  # the paper's gates have none
+        for weight in self.lazy.gates.weights:
+            if weight.grad is not None:
+                weight.grad = self.group.mean(weight.grad)
+        self.optimiser.step()
+        computed = ((keep >= 0.5).float().mean(dim=1) * self.share.to(keep)).sum()
+        error, computed = self.group.mean(torch.stack([error.detach().float(), computed])).tolist()
+        excess = computed - self.recipe.targets[0]
+        self.error, self.skipped = error, 1 - computed
+        self.penalty = min(1e3, max(1e-9, self.penalty * math.exp(PENALTY_RATE * excess)))
+
+    def kept(self, done: int) -> dict[str, Any]:
+        """All that the next update depends on."""
+        return {
+            "done": done,
+            "gates": self.lazy.gates.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "penalty": self.penalty,
+        }
+
+    def take_up(self, kept: dict[str, Any]) -> int:
+        """Go on from what `kept` gave; returns how many updates it had done."""
+        self.lazy.gates.load_state_dict(kept["gates"])
+        self.optimiser.load_state_dict(kept["optimiser"])
+        self.generator.set_state(kept["generator"])
+        self.penalty = kept["penalty"]
+        return int(kept["done"])
 
 
 def _distance(lazy: LazyModel, before: tuple[Any, Any], now: tuple[Any, Any]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -140,7 +178,7 @@ def _distance(lazy: LazyModel, before: tuple[Any, Any], now: tuple[Any, Any]) ->
     with lazy.controlled(blend):
         with torch.no_grad():
             _ = lazy(*before[0], **before[1])
-            first = blend.kept
+            first = dict(blend.kept)  # the next call overwrites it
             dense = first_tensor(lazy(*now[0], **now[1]))
         blend.kept, blend.blending = first, True
         lazy.reset()
@@ -155,17 +193,10 @@ def _distance(lazy: LazyModel, before: tuple[Any, Any], now: tuple[Any, Any]) ->
     return (blended - dense).square().mean(), blend.scores
 
 
-def _new_gates(lazy: LazyModel, recipe: Recipe, excluded: list[int], contexts: list[list[tuple[Any, Any]]]) -> Gates:
-    timesteps: list[float] = []
-    hook = lazy.register_forward_hook(lambda module, *_: timesteps.append(module.timestep))
-    try:
-        with torch.no_grad(), lazy.controlled(_Blend()):
-            for args, kwargs in contexts[0]:
-                _ = lazy(*args, **kwargs)
-    finally:
-        hook.remove()
+def _new_gates(lazy: LazyModel, recipe: Recipe, excluded: list[int], timesteps: list[float]) -> Gates:
     direction = int(lazy.gates.direction)
-    gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], torch.tensor(timesteps), direction)
+    grid = torch.tensor(clock_times(lazy, timesteps))
+    gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], grid, direction)
     gates.phase.copy_(lazy.gates.phase.cpu())
     steps = len(timesteps)
     allowed = torch.ones(steps, len(lazy.branches), dtype=torch.bool)

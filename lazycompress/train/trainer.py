@@ -18,15 +18,20 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError, RecipeError
 from ..gate import Gates
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler
-from .schedule import Bools, Limits, Planner, whole_steps
-from .trajectory import Effects, linearise, run
+from .budget import Budget
+from .checkpoint import Checkpoint, about
+from .distributed import Group
+from .memory import check_memory
+from .runs import Progress, Runs, own_noise, progress_bar
+from .schedule import Bools, Limits, Planner
+from .trajectory import Effects, run
+from .whole import of_whole
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +39,13 @@ PROBES = 1
 ROUNDS = 2
 RUNS = 8
 SWAPS = 8
+HELD_OUT = 2
 
 #: Budgets that a training of full effort leaves a schedule for, besides its own target.
 FRONTIER = (0.85, 0.7, 0.5, 0.35, 0.25)
 
-#: Whole-step schedules that are tried: how many steps are computed first, and how the others are spread, see `whole_steps`.
-WHOLE = ((1, 0.65), (1, 0.8), (2, 0.8), (1, 1.0))
+#: Schedules that are tried before the rounds: decisions one by one, and whole steps.
+STARTS = 2
 
 
 @dataclass
@@ -47,13 +53,16 @@ class TrainReport:
     """What training did.
 
     Attributes:
-        target: asked-for computed share of the branches' MACs.
+        target: asked-for computed share of the branches' MACs, the first of a list.
         macs_ratio: computed share of the schedule found.
         error: mean squared error of held-out final latents to the dense ones; median and 99th percentile too.
         forwards: model calls spent, a backward pass counted as two.
         seconds: wall time.
         history: error after each round.
         runs: sampling runs made, with or without gradients; 0 if training is not made of such.
+        frontier: computed shares of the schedules that `set_target` starts from, the one in force first.
+        unfrozen: mean error of the gates that a static schedule was frozen from, on the same noise as `error`; None if it
+            was not.
     """
 
     target: float
@@ -65,11 +74,14 @@ class TrainReport:
     seconds: float
     history: list[float] = field(default_factory=list)
     runs: int = 0
+    frontier: list[float] = field(default_factory=list)
+    unfrozen: float | None = None
 
     def __str__(self) -> str:
+        frozen = "" if self.unfrozen is None else f"; frozen from gates with error {self.unfrozen:.1e}"
         return (
             f"learned in {self.seconds:.0f} s ({self.forwards:.0f} forward passes): {self.macs_ratio:.1%} of the branch MACs "
-            f"computed, error to dense {self.error:.1e} (median {self.median:.1e}, 99th percentile {self.p99:.1e})"
+            f"computed, error to dense {self.error:.1e} (median {self.median:.1e}, 99th percentile {self.p99:.1e}){frozen}"
         )
 
 
@@ -84,104 +96,161 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
         progress: show a progress bar.
 
     Raises:
-        InputError: no gradient reaches the model through the sampler, or it makes a varying number of calls.
-        RecipeError: a pattern of `guards.exclude` matches no branch, or the guards leave too little to reuse.
+        InputError: no gradient reaches the model through the sampler, it makes a varying number of calls, or its run
+            does not fit into memory.
+        RecipeError: a pattern of `guards.exclude` matches no branch, there is no branch of a kind in
+            `guards.kind_targets`, or the guards leave too little to reuse.
     """
     started = time.perf_counter()
+    effort = _Effort.of(recipe)
     excluded = excluded_branches(lazy, recipe.guards.exclude)
-    rounds = max(1, round(ROUNDS * recipe.train.effort))
-    runs = max(1, round(RUNS * min(1.0, recipe.train.effort)))
-    others = FRONTIER if recipe.train.effort >= 1.0 else ()
-    seeds = iter(range(recipe.train.seed * 1_000_003 + 1, 2**62))
-    generator_state = torch.get_rng_state()
-    bar = tqdm(
-        total=(rounds + 1) * runs + rounds + 2 + len(others), desc="learning gates", unit="run", disable=not progress
-    )
-    forwards = 0.0
-    try:
-        images: dict[int, Tensor] = {}
-        noise = [next(seeds) for _ in range(runs)]
+    budgets = [Budget.of(lazy.branches, target, recipe.guards.kind_targets) for target in recipe.targets]
+    group = Group.find()
+    with own_noise(), progress_bar(effort.total(len(budgets)), "run", progress and group.main) as bar:
+        lazy.gates.order.fill_(recipe.forecast)
+        calls = tell_calls_apart(lazy, sampler)
+        check_memory(lazy, sampler, recipe, sum(map(len, calls)), group)
+        checkpoint = Checkpoint(recipe.train.checkpoint, about(lazy, recipe, calls[0]), group.main)
+        runs = Runs(
+            lazy, sampler, recipe, group, steps=len(calls[0]), checkpoint=checkpoint, advance=bar.advance,
+        )  # fmt: skip
+        search = _Search(lazy, recipe, runs, effort, excluded, bar)
+        found = [search.find(budget) for budget in budgets]
+        others = [search.start(budget)[0] for budget in search.beside(budgets)]
+        schedules = [schedule for schedule, _, _ in found] + others
+        gates = _gates_of(lazy, search.times, schedules, search.order())
+    gates.longest.fill_(recipe.guards.max_reuse)
+    lazy.set_gates(gates)
+    _, errors, history = found[0]
+    ratios = [search.planner.macs_ratio(schedule) for schedule in schedules]
+    return TrainReport(
+        recipe.targets[0], ratios[0], float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)),
+        runs.forwards, time.perf_counter() - started, history, effort.linearised(len(budgets)), ratios,
+    )  # fmt: skip
 
-        def measure(schedule: Tensor | None) -> Effects:
-            parts = []
-            for seed in noise:
-                parts.append(
-                    linearise(
-                        lazy, sampler, schedule, seed=seed, probes=PROBES, max_age=recipe.guards.max_reuse,
-                        dense=images.get(seed),
-                    )
-                )  # fmt: skip
-                if schedule is None:
-                    images[seed] = parts[-1].final
-                bar.update()
-            return Effects.join(parts)
 
-        lazy.gates.order.fill_(int(recipe.forecast))
-        tell_calls_apart(lazy, sampler)
-        effects = measure(None)
-        forwards += effects.forwards
-        limits = _limits(effects, recipe, excluded, len(lazy.branches))
-        macs = [branch.macs for branch in lazy.branches]
-        order = int(lazy.gates.order)
-        planner = Planner(effects, macs, limits, order)
-        fullest, preferred = planner.fill(0.0)
-        least = planner.macs_ratio(fullest)
-        if least > recipe.target + 0.02:
+@dataclass(frozen=True)
+class _Effort:
+    """How many sampling runs training may make.
+
+    Attributes:
+        rounds: of effects around the schedule, for each target.
+        runs: with gradients, in each round and before the first.
+        held_out: runs that judge a schedule.
+        others: targets besides the recipe's.
+    """
+
+    rounds: int
+    runs: int
+    held_out: int
+    others: tuple[float, ...]
+
+    @staticmethod
+    def of(recipe: Recipe) -> _Effort:
+        effort = recipe.train.effort
+        apart = [t for t in FRONTIER if all(abs(t - other) > 0.02 for other in recipe.targets)]
+        return _Effort(
+            max(1, round(ROUNDS * effort)),
+            max(1, round(RUNS * min(1.0, effort))),
+            HELD_OUT,
+            tuple(apart) if effort >= 1.0 else (),
+        )
+
+    def linearised(self, targets: int) -> int:
+        """Sampling runs with gradients."""
+        return (1 + self.rounds * targets) * self.runs
+
+    def total(self, targets: int) -> int:
+        """All sampling runs, at most."""
+        judged = 1 + (targets + len(self.others)) * STARTS + targets * self.rounds
+        return self.linearised(targets) + judged * self.held_out
+
+
+class _Search:
+    """Finds schedules for budgets around one dense trajectory, each judged by the final image."""
+
+    def __init__(
+        self, lazy: LazyModel, recipe: Recipe, runs: Runs, effort: _Effort, excluded: list[int], bar: Progress
+    ) -> None:
+        seeds = iter(range(recipe.train.seed * 1_000_003 + 1, 2**62))
+        self.recipe = recipe
+        self.runs = runs
+        self.effort = effort
+        self.bar = bar
+        self.noise = [next(seeds) for _ in range(effort.runs)]
+        self.held_out = [next(seeds) for _ in range(effort.held_out)]
+        effects = runs.effects(None, self.noise, probes=PROBES)
+        self.times = effects.times
+        self.limits = _limits(effects, recipe, excluded, len(lazy.branches))
+        self.branches = lazy.branches
+        self.macs = [branch.macs for branch in lazy.branches]
+        self.reuse_order = int(lazy.gates.order)
+        self.planner = Planner(effects, self.macs, self.limits, self.reuse_order)
+        self.whole = of_whole(effects, self.limits, self.reuse_order)
+        self.fullest, self.preferred = runs.group.same(self.planner.fill(0.0))
+
+    def order(self) -> list[tuple[int, int]]:
+        """All that may be reused (call, branch), the safest first."""
+        taken = set(self.preferred)
+        rest = [(int(t), int(b)) for t, b in np.argwhere(self.limits.allowed) if (int(t), int(b)) not in taken]
+        return [*self.preferred, *rest]
+
+    def beside(self, budgets: list[Budget]) -> list[Budget]:
+        """Budgets besides the recipe's that the guards and the kinds' shares leave in reach."""
+        found = []
+        for target in self.effort.others:
+            try:
+                budget = Budget.of(self.branches, target, self.recipe.guards.kind_targets)
+            except RecipeError:
+                continue
+            if not budget.out_of_reach(self.planner, self.fullest, tolerance=0.0):
+                found.append(budget)
+        return found
+
+    def find(self, budget: Budget) -> tuple[Bools, Tensor, list[float]]:
+        """A schedule, its errors on held-out noise, and their mean after each round.
+
+        Raises:
+            RecipeError: the guards leave too little to reuse.
+        """
+        short = budget.out_of_reach(self.planner, self.fullest)
+        if short:
             raise RecipeError(
-                f"target {recipe.target}: the guards leave at most {1 - least:.0%} of the branch MACs to reuse over "
-                f"{effects.effects.shape[2]} steps; loosen guards (max_reuse, warmup_steps, last_steps, exclude)"
+                f"target {budget.target}: the guards leave {short} to reuse over "
+                f"{len(self.times)} steps; loosen guards (max_reuse, warmup_steps, last_steps, exclude)"
             )
-        held_out = [next(seeds) for _ in range(2)]
-        dense = [_seeded(lazy, sampler, None, seed) for seed in held_out]
-        bar.update()
-
-        def true_error(candidate: Bools) -> Tensor:
-            images = [_seeded(lazy, sampler, torch.from_numpy(candidate), seed) for seed in held_out]
-            pairs = zip(images, dense, strict=True)
-            return torch.cat([(a - b).square().reshape(a.shape[0], -1).mean(dim=1) for a, b in pairs])
-
-        def start(target: float) -> tuple[Bools, Tensor]:
-            """The best of the schedules to start from: decisions one by one, and whole steps.
-
-            First-order effects around the dense trajectory do not see that branches which are reused together do not react
-            to each other; where that matters, whole steps are better.
-            """
-            found = [planner.swap(target, planner.fill(target)[0], rounds=100)]
-            found += [s for s in (whole_steps(planner, target, *how) for how in WHOLE) if s is not None]
-            errors = [true_error(candidate) for candidate in found]
-            bar.update()
-            best = min(range(len(found)), key=lambda k: _robust(errors[k], errors[0]))
-            _log.debug("target %s: mean errors one by one, whole steps %s", target, [f"{e.mean():.1e}" for e in errors])
-            return found[best], errors[best]
-
-        schedule, errors = start(recipe.target)
-        frontier = [start(t)[0] for t in others if t > least and abs(t - recipe.target) > 0.02]
+        schedule, errors = self.start(budget)
         history = [float(errors.mean())]
-        steps = len(effects.timesteps)
-        forwards += steps * len(held_out) * (1 + (1 + len(frontier)) * (1 + len(WHOLE)))
-        for _ in range(rounds):
-            around = measure(torch.from_numpy(schedule))
-            forwards += around.forwards + steps * len(held_out)
-            local = Planner(around, macs, limits, order)
-            candidate = local.swap(recipe.target, schedule, rounds=SWAPS)
-            candidate_errors = true_error(candidate)
-            bar.update()
+        for _ in range(self.effort.rounds):
+            around = self.runs.effects(schedule, self.noise, probes=PROBES)
+            local = Planner(around, self.macs, self.limits, self.reuse_order)
+            candidate = self.runs.group.same(budget.swap(local, schedule, SWAPS))
+            (candidate_errors,) = self.runs.errors([candidate], self.held_out)
             if _robust(candidate_errors, errors) < _robust(errors, errors):
                 schedule, errors = candidate, candidate_errors
             history.append(float(errors.mean()))
-            bar.set_postfix(error=f"{history[-1]:.1e}", macs=f"{planner.macs_ratio(schedule):.3f}")
-    finally:
-        bar.close()
-        torch.set_rng_state(generator_state)
-    taken = set(preferred)
-    rest = [(int(t), int(b)) for t, b in np.argwhere(limits.allowed) if (int(t), int(b)) not in taken]
-    gates = _gates_of(lazy, effects.times, [schedule, *frontier], [*preferred, *rest])
-    gates.longest.fill_(recipe.guards.max_reuse)
-    lazy.set_gates(gates)
-    return TrainReport(
-        recipe.target, planner.macs_ratio(schedule), float(errors.mean()), float(errors.median()),
-        float(errors.quantile(0.99)), forwards, time.perf_counter() - started, history, (rounds + 1) * runs,
-    )  # fmt: skip
+            self.show(schedule, errors)
+        return schedule, errors, history
+
+    def start(self, budget: Budget) -> tuple[Bools, Tensor]:
+        """The best of the schedules to start from, with its errors: decisions one by one, and whole steps.
+
+        Decisions one by one are planned as if branches that are reused together still reacted to each other, see
+        `train.whole`; where that matters, whole steps are better.
+        """
+        found = [budget.swap(self.planner, budget.fill(self.planner), rounds=100)]
+        whole = budget.together(self.planner, self.whole)
+        found += [] if whole is None else [whole]
+        found = self.runs.group.same(found)
+        errors = self.runs.errors(found, self.held_out)
+        self.bar.advance((STARTS - len(found)) * len(self.held_out))
+        best = min(range(len(found)), key=lambda k: _robust(errors[k], errors[0]))
+        _log.debug("%s: mean errors one by one, whole steps %s", budget.target, [f"{e.mean():.1e}" for e in errors])
+        self.show(found[best], errors[best])
+        return found[best], errors[best]
+
+    def show(self, schedule: Bools, errors: Tensor) -> None:
+        self.bar.show(error=f"{float(errors.mean()):.1e}", skipped=f"{1 - self.planner.macs_ratio(schedule):.1%}")
 
 
 def excluded_branches(lazy: LazyModel, patterns: list[str]) -> list[int]:
@@ -213,29 +282,37 @@ def _limits(effects: Effects, recipe: Recipe, excluded: list[int], branches: int
     return Limits(allowed, recipe.guards.max_reuse)
 
 
-def _seeded(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return run(lazy, sampler, schedule)
-
-
 def _robust(errors: Tensor, reference: Tensor) -> float:
     scale = 4 * float(reference.median()) or 1.0
     return float(torch.log1p(errors / scale).mean())
 
 
-def tell_calls_apart(lazy: LazyModel, sampler: Sampler) -> None:
-    """Set the gates' phase if the sampler calls the model twice at a timestep, as second-order ones do."""
-    tape: list[float] = []
-    hook = lazy.register_forward_hook(lambda module, *_: tape.append(module.timestep) if module.context == 0 else None)
+def tell_calls_apart(lazy: LazyModel, sampler: Sampler) -> list[list[float]]:
+    """Set the gates' phase if the sampler calls the model twice at a timestep, as second-order ones do.
+
+    Returns:
+        The timesteps of a sampling run's calls, a list for each state that takes turns (guidance in two calls).
+    """
+    tapes: dict[int, list[float]] = {}
+    hook = lazy.register_forward_hook(lambda module, *_: tapes.setdefault(module.context, []).append(module.timestep))
     torch.manual_seed(0)
     try:
         _ = run(lazy, sampler, None)
     finally:
         hook.remove()
+    tape = tapes.get(0, [])
     gaps = [abs(a - b) for a, b in pairwise(tape) if a != b]
     lazy.gates.direction.fill_(-1.0 if len(tape) > 1 and tape[-1] > tape[0] else 1.0)
     lazy.reset()
     lazy.gates.phase.fill_(min(gaps) / 2 if gaps and len(gaps) < len(tape) - 1 else 0.0)
+    return list(tapes.values()) or [[]]
+
+
+def clock_times(lazy: LazyModel, timesteps: list[float]) -> list[float]:
+    """The times of calls as the gates' clock has them: a second call at one timestep is later, see `Gates.phase`."""
+    later = float(lazy.gates.direction) * float(lazy.gates.phase)
+    again = [False, *(before == now for before, now in pairwise(timesteps))]
+    return [time - later * second for time, second in zip(timesteps, again, strict=True)]
 
 
 def _gates_of(lazy: LazyModel, times: Tensor, schedules: list[Bools], order: list[tuple[int, int]]) -> Gates:

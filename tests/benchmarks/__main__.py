@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-BENCHMARKS = ("locate_scaling", "export_latency", "quality")
+BENCHMARKS = ("locate_scaling", "export_latency", "compose_time", "compose_latency", "compose_accuracy", "quality")
 
 if __name__ == "__main__":
     for name in BENCHMARKS:
