@@ -250,6 +250,8 @@ def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
             with untouched(model):
                 captured = _export(model, call, way, warm=bool(failures))
         except Exception as error:  # torch.export raises errors of many classes
+            if way.sizes and not isinstance(error, _BatchIsFixedError):
+                continue  # what stops it with fixed sizes too says more
             failures.append(error)
             if not ways and unsettled is None:
                 ways = _opaque_ways(model, failures, way)
