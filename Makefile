@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint bench docs check-extras clean
+.PHONY: help demo test lint bench bench-export bench-compose bench-quality docs check-extras clean
 
 help:
 	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
 	@echo "make test   the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  benchmarks: long, prints ratios"
+	@echo "make bench  benchmarks: long, prints ratios; bench-export, bench-compose, bench-quality for one kind"
 	@echo "make docs   write the generated pages of docs/"
 	@echo "make check-extras   a fresh environment per extra, and the README's quick start in it: long"
 
@@ -32,6 +32,19 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
+
+bench-export: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.export_latency --shape S/2 B/2 XL/2 --precision f32 bf16 --batch 1 2 8
+	$(BIN)/python -m tests.benchmarks.export_memory --shape XL/2
+
+bench-compose: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.compose_latency
+	$(BIN)/python -m tests.benchmarks.compose_accuracy
+
+bench-quality: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps cache-dit
+	$(BIN)/python -m tests.benchmarks.quality
+	$(BIN)/python -m tests.benchmarks.quality --write docs/quality.md
 
 docs: $(STAMP)
 	$(BIN)/lazycompress recipes --reference > docs/recipes.md

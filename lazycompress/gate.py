@@ -42,8 +42,9 @@ SOONEST = 1e-6
 #: What the logarithm of the elapsed time counts in gates that follow a schedule.
 SLOPE = 8.0
 
-#: How long an output keeps that is never reused, as a share of the time to the next computation.
-SHORT = 0.7
+#: How long an output keeps that is never reused, as a share of the time to the next computation: at twice as many steps, where
+#: that time is two steps, it is not reused either.
+SHORT = 0.4
 
 #: Bias of a decision that must not be taken: below any threshold, whatever the elapsed time.
 FORBIDDEN = -1e4

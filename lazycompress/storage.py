@@ -73,6 +73,7 @@ def save(lazy: LazyModel, directory: str | Path) -> Path:
         "timestep_input": lazy.timestep_input,
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
+        "targets": frontier_of(lazy),
         "example": {
             "spec": pytree.treespec_dumps(call.spec),
             "tensors": [
@@ -87,6 +88,13 @@ def save(lazy: LazyModel, directory: str | Path) -> Path:
         save_file(tensors, folder / GATES_FILE)
         (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
     return Path(directory)
+
+
+def frontier_of(lazy: LazyModel) -> list[float]:
+    """Computed shares of the branches' MACs of the schedules that training left, the recipe's own first."""
+    macs = torch.tensor([float(branch.macs) for branch in lazy.branches], dtype=torch.float64)
+    share = (macs / macs.sum()).unsqueeze(1)
+    return [1.0 - float((share * schedule.cpu()).sum(dim=0).mean()) for schedule in lazy.gates.frontier]
 
 
 def load(

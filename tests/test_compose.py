@@ -318,6 +318,24 @@ def test_shipped_recipes_run_and_export_to_both_formats(recipe: str, tmp_path: P
     assert {key[2] for key in found_in_onnx if key[0] == "body"} == {stored[1], "activation"}
 
 
+@pytest.mark.parametrize("stage", ["int8", "int4"])
+def test_gates_that_move_afterwards_are_those_of_the_graph(stage: str, request: pytest.FixtureRequest) -> None:
+    lazy: LazyModel = request.getfixturevalue(stage)
+    before = lazy.gates.bias.detach().clone()
+    run = digits_sampler(draw_noise(2, 3), torch.arange(2), 6)
+    shares = []
+    for bias in (-100.0, 100.0):
+        with torch.no_grad():
+            lazy.gates.bias.fill_(bias)
+            lazy.reset()
+            run(lazy)
+        shares.append(lazy.summary().skip_ratio)
+    with torch.no_grad():
+        lazy.gates.bias.copy_(before)
+    assert shares[0] == 0
+    assert shares[1] > 0.5
+
+
 def test_gates_can_be_learned_on_the_quantized_model() -> None:
     own = {"target": 0.7, "train.effort": 0.2, "order": "quantize_train"}
     lazy = lazycompress.apply(two_blocks(), "lazy_dit_int8.yaml", sampler=sampler, overrides=own, progress=False)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 
 import lazycompress
 from lazycompress import LazyCompressError
+from lazycompress.export.check import start as start_runner
+from lazycompress.export.check import verify
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
@@ -182,6 +188,44 @@ def test_a_failed_export_leaves_no_folder(lazy: LazyModel, tmp_path: Path, monke
     with pytest.raises(RuntimeError):
         lazycompress.export(lazy, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+_KILLED = """
+import sys
+import torch, lazycompress
+from tests.export_models import small_lazy
+torch.set_num_threads(1)
+lazy = small_lazy()
+print("ready", flush=True)
+lazycompress.export(lazy, sys.argv[1], format=sys.argv[2], telemetry=True)
+"""
+
+
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_a_killed_export_leaves_no_folder_that_loads(format: str, tmp_path: Path) -> None:
+    """Killed as soon as each further file is there, until an export gets through."""
+    target, seen = tmp_path / "out", -1
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-c", _KILLED, str(target), format], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        while process.poll() is None and len([*tmp_path.glob(".out.*/*")]) <= seen:
+            time.sleep(0.001)
+        seen = len([*tmp_path.glob(".out.*/*")])
+        process.kill()
+        finished = process.wait() == 0
+        for left in tmp_path.glob(".out.*"):
+            if (left / "lazycompress.json").exists():  # killed after its last file, before the folder got its name
+                assert verify(left).ok
+            else:
+                with pytest.raises(LazyCompressError):
+                    start_runner(left)
+            shutil.rmtree(left)
+        if finished:
+            break
+        assert not target.exists()
+    assert finished, "it got through in the end"
+    assert verify(target).ok
 
 
 def test_a_call_without_an_input_names_it(start: Callable[[], Any]) -> None:

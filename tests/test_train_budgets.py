@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def sample(lazy: LazyModel, seed: int = 99, batch: int = 8) -> Tensor:
 # -- several targets -------------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_targets_leaves_a_schedule_for_each(digits: nn.Module) -> None:
+def test_a_list_of_targets_leaves_a_schedule_for_each(digits: nn.Module, tmp_path: Path) -> None:
     lazy = learn(digits, target=[0.6, 0.4, 0.8])
     assert len(lazy.gates.frontier) == 3
     assert lazy.training_report.target == 0.6
@@ -54,11 +55,16 @@ def test_a_list_of_targets_leaves_a_schedule_for_each(digits: nn.Module) -> None
     sample(lazy)
     assert lazy.summary().macs_ratio == pytest.approx(found[0], abs=1e-5)
     for target, schedule, ratio in zip((0.6, 0.4, 0.8), lazy.gates.frontier, found, strict=True):
-        assert lazy.set_target(target) == pytest.approx(ratio, abs=1e-5)
-        # Its very own schedule, not another one that was filled up.
-        reused = sample(lazy) > 0
-        assert torch.equal(reused[1:], schedule.flip(1).T[1:])
+        # Its very own schedule; what the target leaves may be used to compute more.
+        assert ratio - 1e-5 <= lazy.set_target(target) <= target + 1e-6
+        reused, own = sample(lazy)[1:] > 0, schedule.flip(1).T[1:]
+        assert not (reused & ~own).any()
+        assert int((own & ~reused).sum()) <= 3
     assert not torch.equal(lazy.gates.frontier[0], lazy.gates.frontier[1])
+    saved = lazycompress.save(lazy, tmp_path / "gates")
+    assert json.loads((saved / "gates.json").read_text())["targets"] == pytest.approx(found)
+    again = lazycompress.load(digits, saved)
+    assert [again.set_target(target) for target in (0.6, 0.4, 0.8)] == pytest.approx([0.6, 0.4, 0.8], abs=0.02)
 
 
 @pytest.mark.parametrize("target", [[], [0.5, 1.5], [0.5, "half"], "half", 0.0])
@@ -152,7 +158,7 @@ def test_a_static_schedule_is_what_most_samples_did_and_says_what_it_costs(dynam
     sampler = build_sampler(dynamic.recipe.sampling)
     trained = dynamic.gates
     shares = sample(dynamic, batch=64)
-    recipe = load_recipe(dynamic.recipe, {"schedule": "static", "target": [0.5, 0.8]})
+    recipe = load_recipe(dynamic.recipe, {"schedule": "static", "target": [0.8, 0.5]})
     torch.manual_seed(7)
     report = freeze(dynamic, sampler, recipe, dynamic.training_report)
     assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(7)))
@@ -161,10 +167,11 @@ def test_a_static_schedule_is_what_most_samples_did_and_says_what_it_costs(dynam
         reused = sample(dynamic, batch=8)
         assert set(reused.unique().tolist()) <= {0.0, 1.0}
         assert dynamic.summary().macs_ratio == pytest.approx(report.macs_ratio, abs=1e-5)
-        assert report.macs_ratio <= 0.5 + 1e-6
+        assert report.macs_ratio <= 0.8 + 1e-6
         # What is reused, most samples reused; what is not, fewer did.
+        assert float(shares[reused > 0].mean()) > 0.9
         assert float(shares[reused > 0].mean()) > float(shares[reused == 0].mean()) + 0.3
-        assert report.frontier == pytest.approx([0.5, 0.8], abs=0.03)
+        assert report.frontier == pytest.approx([0.8, 0.5], abs=0.03)
         assert report.unfrozen is not None
         assert 0 < report.unfrozen != report.error > 0
         assert f"frozen from gates with error {report.unfrozen:.1e}" in str(report)

@@ -80,6 +80,7 @@ class Fixed:
             node.args = _merge(node.args, args, size)
             node.kwargs = _merge(node.kwargs, kwargs, size)
         _sort(module)
+        module.lazy_gates = self._flat.graph_module.lazy_gates  # the model's own, not the copy: they may still move
         module.graph.lint()
         module.recompile()
         flat = LazyGraph(**{**vars(self._flat), "graph_module": module})

@@ -129,21 +129,21 @@ def compare(directory: Path, found: dict[str, Tensor], runner: Any, tolerance: f
     return Report(str(directory), difference, largest, tolerance, flipped, allowed)
 
 
-def start(directory: Path) -> Any:
-    """A runner of the file in a folder.
+def start(directory: Path, card: dict[str, Any] | None = None) -> Any:
+    """A runner of the file in a folder, whose card is read if it is not given.
 
     Raises:
         ExportError: the folder holds no export that loads.
     """
-    card = read_card(directory)
+    card = card or read_card(directory)
     try:
         if card["format"] == "openvino":
             from .openvino_runner import OpenVINORunner
 
-            return OpenVINORunner(directory)
+            return OpenVINORunner(directory, card=card)
         from .onnx_runner import OnnxRunner
 
-        return OnnxRunner(directory)
+        return OnnxRunner(directory, card=card)
     except ExportError:
         raise
     except Exception as error:

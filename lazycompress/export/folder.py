@@ -78,8 +78,7 @@ def export(
 
         def write(sizes: bool) -> dict[str, Any]:
             card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, sizes)
-            write_card(card, folder)
-            return card | ({"parity": _check(lazy, folder, target, weights, decide, sizes)} if check else {})
+            return card | ({"parity": _check(lazy, card, folder, target, sizes)} if check else {})
 
         dynamic = lazy.program(lazy.example).captured.sizes.is_dynamic
         try:
@@ -94,26 +93,27 @@ def export(
                 "lazycompress exports %s for the sizes of its example only: %s", type(lazy.model).__name__, error
             )
         card["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CARD_FILE}
+        for path in folder.iterdir():
+            _flush(path)
+        # Last: what a killed export leaves has no card, and does not load.
         write_card(card, folder)
-        for path in [*folder.iterdir(), folder]:
+        for path in (folder / CARD_FILE, folder):
             _flush(path)
     return target
 
 
-def _check(
-    lazy: LazyModel, folder: Path, target: Path, weights: Weights, decide: Granularity, sizes: bool
-) -> dict[str, Any]:
+def _check(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
     """Run the written file on recorded calls; returns how it compares.
 
     Raises:
         ExportError: it gives something else than torch.
     """
-    found = record(lazy, decide, sizes)
+    found = record(lazy, card["decide"], sizes)
     save_record(found, folder)
-    exact = weights == "f32" and not lazy.stages
-    tolerance = max(_TOLERANCES[weights], _COMPOSED if lazy.stages else 0.0)
+    exact = card["weights"] == "f32" and not lazy.stages
+    tolerance = max(_TOLERANCES[card["weights"]], _COMPOSED if lazy.stages else 0.0)
     try:
-        report = compare(target, found, start(folder), tolerance, allowed=0 if exact else sys.maxsize)
+        report = compare(target, found, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
     except RuntimeError as error:
         raise ExportError(f"the written file does not run: {' '.join(str(error).split())[:300]}") from error
     if not report.ok:

@@ -92,7 +92,7 @@ def _in_body(graph: ir.Graph, stored: _Stored) -> int:
             continue
         if _replace(graph, node, stored):
             changed += 1
-        elif _dequantize_of(node.inputs[0])[1] is not None:
+        elif _dequantize_of(node.inputs[0])[1] is not None and _is_weight(node.inputs[1]):
             _log.warning(
                 "lazycompress: ONNX Runtime computes %s in floating point: not a form that is known", node.name
             )
@@ -223,6 +223,14 @@ def _weight_of(value: ir.Value, transposed: bool) -> _Weight | None:
         else np.rint(np.broadcast_to(zeros, (codes.shape[0], 1))[:, 0] / scale)
     )
     return _Weight((str(cast.inputs[0].name), str(node.inputs[1].name if node.inputs[1] else "")), codes, scale, zero)
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is made of a constant."""
+    while value is not None and value.const_value is None:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.inputs else None
+    return value is not None
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:

@@ -30,16 +30,23 @@ class OnnxRunner:
     Args:
         directory: what `lazycompress.export(..., format="onnx")` wrote.
         session: ONNX Runtime session options; left out, the defaults.
+        card: what `lazycompress.json` says; left out, it is read.
 
     Raises:
         ExportError: the folder holds no ONNX export.
     """
 
-    def __init__(self, directory: str | Path, session: ort.SessionOptions | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        session: ort.SessionOptions | None = None,
+        *,
+        card: dict[str, Any] | None = None,
+    ) -> None:
         path = Path(directory) / MODEL_FILE
         if not path.is_file():
             raise ExportError(f"{directory} holds no {MODEL_FILE}; lazycompress.export(..., format='onnx') writes it")
-        card = read_card(directory)
+        card = card or read_card(directory)
         if session is None:
             session = ort.SessionOptions()
             session.log_severity_level = 3  # it warns of every constant that it folds

@@ -30,19 +30,27 @@ class OpenVINORunner:
         directory: what `lazycompress.export` wrote.
         device: OpenVINO device.
         config: OpenVINO properties; the precision is float32 unless it says otherwise.
+        card: what `lazycompress.json` says; left out, it is read.
 
     Raises:
         ExportError: the folder holds no model that OpenVINO loads.
     """
 
-    def __init__(self, directory: str | Path, device: str = "CPU", config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        device: str = "CPU",
+        config: dict[str, Any] | None = None,
+        *,
+        card: dict[str, Any] | None = None,
+    ) -> None:
         path = Path(directory) / MODEL_FILE
         if not path.is_file():
             raise ExportError(f"{directory} holds no {MODEL_FILE}; lazycompress.export writes it")
         properties = {"INFERENCE_PRECISION_HINT": "f32", **(config or {})}
         self.compiled = ov.Core().compile_model(path, device, properties)
         self.request = self.compiled.create_infer_request()
-        card = read_card(directory)
+        card = card or read_card(directory)
         self._timestep: str = card["timestep"]
         #: Caches that the file leaves to its caller; none where they are state.
         self._state: list[dict[str, Any]] = [] if card["stateful"] else card["state"]

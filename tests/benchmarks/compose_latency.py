@@ -1,8 +1,8 @@
 """Latency of 8-bit arithmetic and laziness, each alone and both together, against the dense float32 export.
 
-`python -m tests.benchmarks.compose_latency [--layers 12] [--width 768] [--format openvino onnx] [--batch 2]`
+`python -m tests.benchmarks.compose_latency [--shape B/2] [--format openvino onnx] [--batch 2] [--forecast 2]`
 
-The default is the shape of DiT-B/2 at 256 px with random weights. Gates have the form that training gives them, and half of the
+Shapes are those of DiT at 256 px with random weights. Gates have the form that training gives them, and half of the
 blocks are made to reuse always. "dense int8" is what the runtime's own tools make of the dense file: NNCF for OpenVINO, dynamic
 quantization for ONNX Runtime. Everything is measured in one run, in turn, and the smallest of several timings counts.
 """
@@ -27,20 +27,19 @@ from lazycompress.compose.quantize import quantize
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.recipe import Quantize
-from lazycompress.runtime import LazyModel, wrap
 
-from .export_latency import Step, build, dense_step, force, inputs, measure
+from .export_latency import SHAPES, Step, build, dense_step, force, inputs, make, measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--shape", default="B/2", choices=list(SHAPES))
+    parser.add_argument("--forecast", type=int, default=2, help="order of the forecast")
     parser.add_argument("--format", nargs="+", default=["openvino", "onnx"], choices=["openvino", "onnx"])
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
     options = parser.parse_args()
-    model = build(options.layers, options.width)
-    plain, small = make(model), make(model)
+    model = build(*SHAPES[options.shape])
+    plain, small = make(model, options.forecast), make(model, options.forecast)
     started = time.perf_counter()
     print(
         quantize(small, sampler, Quantize(subset_size=4)), f"{time.perf_counter() - started:.0f} s in all", flush=True
@@ -65,13 +64,6 @@ def main() -> None:
                         f"{best['dense f32'] / seconds:5.2f} times that; {seconds / best['dense int8']:.3f} of dense int8",
                         flush=True,
                     )
-
-
-def make(model: nn.Module) -> LazyModel:
-    """A lazy model with gates as training makes them."""
-    lazy = wrap(model, (), inputs(2, 500))
-    lazy.set_gates(lazy.gates.like(order=1, static=1))
-    return lazy
 
 
 def sampler(model: Any) -> Tensor:

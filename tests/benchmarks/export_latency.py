@@ -1,14 +1,18 @@
 """Latency of exported files against the dense export: nothing, half, and everything reused, by forced decisions.
 
-`python -m tests.benchmarks.export_latency [--layers 12] [--width 768] [--format openvino onnx] [--batch 2 8]`
+`python -m tests.benchmarks.export_latency [--shape B/2] [--format openvino onnx] [--precision f32] [--batch 2 8] [--forecast 2]`
+`make bench-export` runs all shapes, formats, precisions and batches.
 
-The default is the shape of DiT-B/2 at 256 px with random weights; they cost the same. Everything is measured in one run, in
-turn, and the smallest of several timings counts.
+Shapes are those of DiT-S/2, DiT-B/2 and DiT-XL/2 at 256 pixels, with random weights; they cost the same. Gates have the form that
+training gives them: static, with a forecast. Everything of a shape is measured in one run, in turn, and the smallest of several
+timings counts. "half lazy" is a batch of which one half of the samples goes on with its image and reuses everything, while the
+other half begins another image and computes everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,14 +31,19 @@ from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.runtime import LazyModel, wrap
 
-REPEATS = 6
+#: Layers, heads, width of a head.
+SHAPES = {"S/2": (12, 6, 64), "B/2": (12, 12, 64), "XL/2": (28, 16, 72)}
+
+#: Timings of each step, the first ones left out; fewer where a step is slow.
+REPEATS, FIRST, SECONDS = 6, 2, 60.0
+
 Step = Callable[[int, int], object]
 
 
-def build(layers: int, width: int) -> nn.Module:
+def build(layers: int, heads: int, head: int) -> nn.Module:
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
-        num_attention_heads=width // 64, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=layers,
+        num_attention_heads=heads, attention_head_dim=head, in_channels=4, out_channels=8, num_layers=layers,
         sample_size=32, patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
     )  # fmt: skip
     return model.eval().requires_grad_(False)
@@ -49,6 +58,13 @@ def inputs(batch: int, timestep: int) -> dict[str, torch.Tensor]:
     }
 
 
+def make(model: nn.Module, forecast: int) -> LazyModel:
+    """A lazy model with gates as training makes them."""
+    lazy = wrap(model, (), inputs(2, 500))
+    lazy.set_gates(lazy.gates.like(order=forecast, static=1))
+    return lazy
+
+
 def force(lazy: LazyModel, share: float) -> None:
     """Let a share of the blocks reuse always, the others never."""
     with torch.no_grad():
@@ -57,63 +73,101 @@ def force(lazy: LazyModel, share: float) -> None:
             lazy.gates.bias[i] = 10.0 if int((block + 1) * share) > int(block * share) else -10.0
 
 
-def dense_step(model: nn.Module, format: str, folder: Path) -> Step:
+def mixed_inputs(batch: int, timestep: int) -> dict[str, torch.Tensor]:
+    """Calls in which the first half of the samples goes on with its image and the second half begins another each time."""
+    found = inputs(batch, timestep)
+    found["class_labels"][batch // 2 :] += timestep % 2 + 1
+    return found
+
+
+def dense_step(model: nn.Module, format: str, folder: Path, precision: str = "f32") -> Step:
     example = inputs(2, 500)
     program = torch.export.export(
         model, (), example, dynamic_shapes={name: {0: torch.export.Dim.AUTO} for name in example}
     )
     if format == "openvino":
-        compiled = ov.Core().compile_model(ov.convert_model(program), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = ov.Core().compile_model(ov.convert_model(program), "CPU", {"INFERENCE_PRECISION_HINT": precision})
         request = compiled.create_infer_request()
         return lambda b, t: request.infer([value.numpy() for value in inputs(b, t).values()])
     path = folder / "dense.onnx"
     exported: Any = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=list(example))
-    exported.save(path)
+    exported.save(path, external_data=True)
     session = ort.InferenceSession(str(path))
     return lambda b, t: session.run(None, {name: value.numpy() for name, value in inputs(b, t).items()})
 
 
+def eager_step(model: nn.Module) -> Step:
+    def step(batch: int, timestep: int) -> object:
+        with torch.no_grad():
+            return model(**inputs(batch, timestep))
+
+    return step
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["B/2"], choices=list(SHAPES))
     parser.add_argument("--format", nargs="+", default=["openvino", "onnx"], choices=["openvino", "onnx"])
+    parser.add_argument("--precision", nargs="+", default=["f32"], choices=["f32", "bf16"])
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--forecast", type=int, default=2, help="order of the forecast")
     options = parser.parse_args()
-    model = build(options.layers, options.width)
-    lazy = wrap(model, (), inputs(2, 500))
-    share = sum(branch.macs for branch in lazy.branches) / lazy.dense_macs
-    print(f"{len(lazy.branches)} branches hold {share:.1%} of the MACs")
-    with tempfile.TemporaryDirectory() as name:
+    for shape in options.shape:
+        model = build(*SHAPES[shape])
+        lazy = make(model, options.forecast)
+        share = sum(branch.macs for branch in lazy.branches) / lazy.dense_macs
+        print(f"{shape}: {len(lazy.branches)} branches hold {share:.1%} of the MACs", flush=True)
         for format in options.format:
-            steps: dict[str, Step] = {"dense": dense_step(model, format, Path(name))}
-            for label, reused in (("nothing", 0.0), ("half", 0.5), ("all", 1.0)):
-                force(lazy, reused)
-                folder = lazycompress.export(lazy, Path(name) / f"{format}_{label}", format=format)
-                runner: Any = OpenVINORunner(folder) if format == "openvino" else OnnxRunner(folder)
-                steps[f"{label} reused"] = lambda b, t, runner=runner: runner(**inputs(b, t))
-            for batch in options.batch:
-                report(format, batch, steps)
+            for precision in options.precision:
+                if format == "onnx" and precision != "f32":
+                    continue  # ONNX Runtime computes in float32 on CPUs
+                with tempfile.TemporaryDirectory() as name:
+                    compare(model, lazy, shape, format, precision, options.batch, Path(name))
+                gc.collect()
+
+
+def compare(
+    model: nn.Module, lazy: LazyModel, shape: str, format: str, precision: str, batches: list[int], folder: Path
+) -> None:
+    """One file format and precision: dense, and three lazy files that differ in what they reuse."""
+    steps: dict[str, Step] = {"dense": dense_step(model, format, folder, precision)}
+    if precision == "f32":
+        steps["torch eager"] = eager_step(model)
+    for label, reused in (("nothing", 0.0), ("half", 0.5), ("all", 1.0)):
+        force(lazy, reused)
+        path = lazycompress.export(lazy, folder / label, format=format, check=False)
+        runner: Any
+        if format == "openvino":
+            runner = OpenVINORunner(path, config={"INFERENCE_PRECISION_HINT": precision})
+        else:
+            runner = OnnxRunner(path)
+        steps[f"{label} reused"] = lambda b, t, runner=runner: runner(**inputs(b, t))
+        if reused == 1.0:
+            twin = runner.twin()
+            steps["half lazy"] = lambda b, t, runner=twin: runner(**mixed_inputs(b, t))
+    for batch in batches:
+        report(f"{shape:4} {format:8} {precision:4} batch {batch}", steps, batch)
 
 
 def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
     """Seconds of one step each, the smallest of several: all in turn."""
     times: dict[str, list[float]] = {label: [] for label in steps}
-    for timestep in range(900, 900 - REPEATS - 2, -1):
+    started = time.perf_counter()
+    for number in range(REPEATS + FIRST):
+        if number > FIRST and time.perf_counter() - started > SECONDS:
+            break
         for label, step in steps.items():
             before = time.perf_counter()
-            step(batch, timestep)
+            step(batch, 900 - number)
             times[label].append(time.perf_counter() - before)
-    return {label: float(np.min(values[2:])) for label, values in times.items()}
+    return {label: float(np.min(values[FIRST:])) for label, values in times.items()}
 
 
-def report(format: str, batch: int, steps: dict[str, Step]) -> None:
+def report(title: str, steps: dict[str, Step], batch: int) -> None:
     best = measure(steps, batch)
     for label, seconds in best.items():
-        print(
-            f"{format:9} batch {batch}: {label:15} {seconds * 1e3:8.1f} ms  {seconds / best['dense']:.3f} of dense",
-            flush=True,
-        )
+        line = f"{title}: {label:15} {seconds * 1e3:8.1f} ms  {seconds / best['dense']:.3f} of dense"
+        print(line + f", {seconds / best['nothing reused']:.3f} of nothing reused", flush=True)
 
 
 if __name__ == "__main__":
