@@ -32,7 +32,7 @@ def locate(model: nn.Module, example_inputs: ExampleInputs) -> Branches:
         CaptureError: the model cannot be captured; names the operation and its source line.
         LocateError: the model holds no residual branch with attention.
     """
-    return located(model, capture(model, call_of(model, example_inputs)))
+    return located(model, capture(model, call_of(model, example_inputs), sizes=False))
 
 
 def apply(
@@ -176,4 +176,8 @@ def _check(recipe: Recipe, sampler: Sampler | None, model: nn.Module, example_in
             from .compose.scope import check_types, left_out
 
             check_types(options.ignored_scope, section)
-            left_out(capture(model, call_of(model, example_inputs)).graph_module.graph, options.ignored_scope, section)
+            left_out(
+                capture(model, call_of(model, example_inputs), sizes=False).graph_module.graph,
+                options.ignored_scope,
+                section,
+            )

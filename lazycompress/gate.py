@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 #: A past timestep that every timestep fails to be past of, times the direction.
 NEVER = 3.0e38
@@ -62,13 +63,21 @@ def timestep_per_sample(timestep: Tensor, latents: Tensor) -> Tensor:
     return value.reshape(-1).expand(latents.shape[0])
 
 
-def fingerprint(conditions: Sequence[Tensor], latents: Tensor) -> Tensor:
-    """Two numbers per sample and condition, float32 [batch, 2 * conditions]: a change of prompt or label changes them."""
+def fingerprint(
+    conditions: Sequence[Tensor], latents: Tensor, sized: Sequence[Tensor] = (), dims: Sequence[int] = ()
+) -> Tensor:
+    """What an image keeps to, float32 [batch, 2 * conditions + sized]: a change of prompt, label or size changes it.
+
+    Two numbers for each condition, and the size of each of `sized` along its one of `dims`.
+    """
     rows = []
     for condition in conditions:
         flat = condition.to(torch.float32).reshape(condition.shape[0], -1)
         ramp = torch.arange(flat.shape[1], dtype=torch.float32, device=flat.device) * 0.61803398875
         rows += [flat.mean(dim=1), (flat * (ramp - ramp.floor())).mean(dim=1)]
+    for value, dim in zip(sized, dims, strict=True):  # counted: converters take no size for a number
+        ones = torch.ones(value.shape[dim], dtype=torch.float32, device=latents.device)
+        rows.append(ones.sum().expand(latents.shape[0]))
     if not rows:
         return latents.new_zeros((latents.shape[0], 1), dtype=torch.float32)
     return torch.stack(rows, dim=1)
@@ -181,7 +190,18 @@ def decide(score: Tensor, valid: Tensor, threshold: Tensor) -> Tensor:
 def select(fresh: Tensor, cache: Tensor, lazy: Tensor) -> Tensor:
     """`cache` where lazy, else `fresh`; both [batch * k, ...], lazy [batch]."""
     rows = fresh.reshape(lazy.shape[0], -1)
-    return torch.where(lazy.unsqueeze(1), cache.reshape(rows.shape), rows).reshape(fresh.shape)
+    return torch.where(lazy.unsqueeze(1), fit(cache, fresh).reshape(rows.shape), rows).reshape(fresh.shape)
+
+
+def fit(old: Tensor, new: Tensor) -> Tensor:
+    """A cache with the sizes of `new`.
+
+    It has others where nothing of it is kept: a state before its first image, or of another batch or size.
+    """
+    for dim, (size, wanted) in enumerate(zip(old.shape, new.shape, strict=True)):
+        if not statically_known_true(size == wanted):
+            old = old.index_select(dim, torch.arange(wanted, device=old.device).clamp(max=size - 1))
+    return old
 
 
 def pace(elapsed: Tensor, valid: Tensor, branch: int, unit: float) -> Tensor:
@@ -219,6 +239,7 @@ def trend(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], pace: Tensor, s
     """The rates of the polynomial through `fresh` and the computations before it (Newton's divided differences)."""
     if not rates:
         return []
+    cache, rates = fit(cache, fresh), [fit(rate, fresh) for rate in rates]
     _, last, both, one, two, since = per_row(pace, fresh, scale)
     if len(rates) == 1:
         return [(fresh - (cache + rates[0] * last)) * one]
@@ -246,7 +267,7 @@ _library: Any = torch.library.Library("lazycompress", "DEF")  # type: ignore[no-
 for _function, _schema in (
     (enter, "(Tensor stream, int branch, int position) -> Tensor"),
     (timestep_per_sample, "(Tensor timestep, Tensor latents) -> Tensor"),
-    (fingerprint, "(Tensor[] conditions, Tensor latents) -> Tensor"),
+    (fingerprint, "(Tensor[] conditions, Tensor latents, Tensor[] sized, int[] dims) -> Tensor"),
     (
         valid,
         "(Tensor timestep, Tensor past_timestep, Tensor prints, Tensor past_prints, Tensor past_times, Tensor direction, "

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from .report import Summary, Usage
 _log = logging.getLogger(__name__)
 
 Policy = Literal["learned", "compute", "reuse"]
+
+_Result = TypeVar("_Result")
 
 _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
 
@@ -75,7 +77,11 @@ class LazyModel(nn.Module):
         self._states = States()
         self._timesteps = torch.zeros(0)
         self._policy: Policy = "learned"
-        captured = capture(model, example)
+        self._capture(example, lambda captured: self._start(captured, gates))
+        self.usage = Usage([branch.macs for branch in self.branches])
+
+    def _start(self, captured: Capture, gates: Gates | Callable[[list[Branch]], Gates] | None) -> None:
+        """Branches, gates and program of the first capture."""
         self.branches = locate_branches(captured.graph_module.graph, captured.batch)
         names, widths = [b.name for b in self.branches], [b.width for b in self.branches]
         if gates is None:
@@ -88,8 +94,17 @@ class LazyModel(nn.Module):
             )
         #: Multiply-accumulates of one dense call per sample, branches and all else.
         self.dense_macs = sum(macs_of(node) for node in captured.graph_module.graph.nodes) // captured.batch
-        self._programs[example.key] = [self._build(captured, example)]
-        self.usage = Usage([branch.macs for branch in self.branches])
+        self._programs[self.example.key] = [self._build(captured, self.example)]
+
+    def _capture(self, call: Call, use: Callable[[Capture], _Result]) -> _Result:
+        """What `use` makes of a capture of `call`, with dynamic sizes if all stages can do with them."""
+        captured = capture(self.model, call)
+        try:
+            return use(captured)
+        except Exception:
+            if not captured.sizes.is_dynamic:
+                raise
+        return use(capture(self.model, call, sizes=False))
 
     # -- what the original model has ------------------------------------------------------------------------------
 
@@ -189,9 +204,14 @@ class LazyModel(nn.Module):
         timesteps = timestep_per_sample(call.tensors[lowered.timestep], latents)
         self._timesteps = timesteps
         state = self._states.find(
-            (call.key, call.batch, id(program)),
+            (call.shapes, id(program)),
             timesteps,
-            fingerprint([call.tensors[i] for i in lowered.conditions], latents),
+            fingerprint(
+                [call.tensors[i] for i in lowered.conditions],
+                latents,
+                [call.tensors[i] for i, _ in lowered.sized],
+                [dim for _, dim in lowered.sized],
+            ),
             float(self.gates.direction),
             self.gates.never,
             lambda: [spec.fresh(call.batch, latents.device) for spec in lowered.state],
@@ -218,7 +238,7 @@ class LazyModel(nn.Module):
             "gates are shared",
             type(self.model).__name__,
         )
-        program = self._build(capture(self.model, call), call)
+        program = self._capture(call, lambda captured: self._build(captured, call))
         programs.append(program)
         return program
 

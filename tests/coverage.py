@@ -24,6 +24,7 @@ from lazycompress.graph.capture import take_apart
 from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import Branch
 from lazycompress.graph.ops import macs_of
+from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap
 
 from .zoo.specimen import Specimen, reuse_reference
@@ -50,6 +51,8 @@ COLUMNS = {
     "compute": 'largest relative difference to the original, policy "compute", two steps',
     "reuse": 'the same, second step with policy "reuse", against hooks on the original modules that replay the first',
     "batch": "gates that decide differently per sample: a batch of three against the three samples alone",
+    "sizes": "inputs whose height, width, frames or number of tokens may change (dimension numbers), with one capture",
+    "resized": 'largest relative difference at other sizes, policies "compute" and "reuse" as above',
     "notes": "",
 }
 
@@ -69,13 +72,18 @@ class Row:
     compute: float | None
     reuse: float | None
     batch: float | None
+    sizes: str
+    resized: float | None
     notes: str
 
     def cells(self) -> list[str]:
         """The row as text."""
         share = "-" if self.share is None else f"{self.share:.1%}"
-        numbers = ["-" if v is None else f"{v:.0e}" if v else "0" for v in (self.compute, self.reuse, self.batch)]
-        return [self.name, self.family, self.source, self.found, self.kinds, share, *numbers, self.notes]
+        values = (self.compute, self.reuse, self.batch, self.resized)
+        *numbers, resized = ["-" if v is None else f"{v:.0e}" if v else "0" for v in values]
+        return [
+            self.name, self.family, self.source, self.found, self.kinds, share, *numbers, self.sizes, resized, self.notes
+        ]  # fmt: skip
 
 
 def specimens() -> Iterator[Specimen]:
@@ -91,7 +99,7 @@ def measure(specimen: Specimen) -> Row:
     except Exception as error:  # one model must not cost the table
         source = f"{specimen.attention}/{specimen.mlp}/{specimen.parallel}"
         note = f"fails: {type(error).__name__} {_short(str(error))}"
-        return Row(specimen.name, specimen.family, source, "-", "-", None, None, None, None, note)
+        return Row(specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, note)
 
 
 def _measure(specimen: Specimen) -> Row:
@@ -101,7 +109,9 @@ def _measure(specimen: Specimen) -> Row:
     try:
         lazy = wrapped(model, first, second)
     except LazyCompressError as error:
-        return Row(specimen.name, specimen.family, source, "-", "-", None, None, None, None, _short(str(error)))
+        return Row(
+            specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, _short(str(error))
+        )
     with torch.no_grad():
         dense = [model(**first), model(**second)]
         lazy.policy = "compute"
@@ -118,11 +128,12 @@ def _measure(specimen: Specimen) -> Row:
         notes.append(f"skip ratio {skipped:.2f}, not 0.5")
     everything = sum(macs_of(node) for node in program.captured.graph_module.graph.nodes) / program.captured.batch
     share = sum(branch.macs for branch in lazy.branches) / everything
+    resized = at_other_sizes(lazy, specimen)
     batched, remark = batch_of_three(lazy, specimen)
     notes += [remark] if remark else []
     return Row(
         specimen.name, specimen.family, source, found(lazy.branches), kinds(lazy.branches), share, computed, reused,
-        batched, "; ".join(notes),
+        batched, dynamic_sizes(lazy), resized, "; ".join(notes),
     )  # fmt: skip
 
 
@@ -150,6 +161,39 @@ def wrapped(model: nn.Module, first: dict[str, Any], second: dict[str, Any]) -> 
         return Gates(names, widths, torch.linspace(0, 1000, 5), direction=direction)
 
     return wrap(model, (), first, make)
+
+
+def dynamic_sizes(lazy: LazyModel) -> str:
+    """Inputs and dimensions of the example's capture that may have other sizes, e.g. `x[2 3] text[1]`."""
+    captured = lazy.program(lazy.example).captured
+    pairs = [(leaf.name, dims) for leaf, dims in zip(captured.leaves, captured.sizes.dynamic, strict=True) if dims]
+    return " ".join(f"{name}[{' '.join(map(str, dims))}]" for name, dims in pairs) or "-"
+
+
+def at_other_sizes(lazy: LazyModel, specimen: Specimen, most: int = 2) -> float | None:
+    """Largest difference to the model, and to reuse by hooks on it, at sizes that the example's capture takes too."""
+    captured = lazy.program(lazy.example).captured
+    calls = [take_apart(lazy.model, (), specimen.inputs(2, step)) for step in (0, 1)]
+    worst = None
+    left = most if captured.sizes.is_dynamic else 0
+    for shapes in captured.sizes.others(2) if left else []:
+        first, second = (call.arguments(resized(call.tensors, shapes)) for call in calls)
+        try:
+            with torch.no_grad():
+                lazy.model(**first)
+        except (IndexError, RuntimeError):
+            continue  # sizes that the model does not take
+        left -= 1
+        if left < 0:
+            break
+        with torch.no_grad():
+            lazy.policy = "reuse"
+            lazy(**first)
+            reused, wanted = lazy(**second), reuse_reference(lazy.model, specimen.sites(lazy.model), first, second)
+            lazy.policy = "compute"
+            worst = max(worst or 0.0, difference(lazy(**second), lazy.model(**second)), difference(reused, wanted))
+        assert lazy.program(take_apart(lazy.model, (), second)).captured is captured
+    return worst
 
 
 def batch_of_three(lazy: LazyModel, specimen: Specimen) -> tuple[float | None, str]:

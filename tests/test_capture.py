@@ -160,11 +160,18 @@ def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
     return found
 
 
+class FixedSize(Tokens):
+    """Makes its positions in Python, for the one number of tokens that it sees."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        return self.enter(x) + torch.tensor([[k / 10] for k in range(x.shape[1])])
+
+
 def test_another_size_is_captured_once_with_one_notice(
     lively_gates: MakeGates, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
-    model = built(Tokens)()
+    caplog.set_level(logging.INFO, logger="lazycompress")
+    model = built(FixedSize)()
     lazy = wrap(model, (), inputs(), lively_gates)
     gates, parameters = lazy.gates, {id(p) for p in model.parameters()}
     lazy.policy = "compute"
@@ -191,7 +198,7 @@ def test_another_size_is_captured_once_with_one_notice(
 
 
 def test_gates_decide_in_a_second_capture_as_in_the_first(lively_gates: MakeGates) -> None:
-    model = built(Tokens)()
+    model = built(FixedSize)()
     calls = [inputs(step=step, tokens=10) for step in range(4)]
     first = wrap(model, (), calls[0], lively_gates)
     second = wrap(model, (), inputs(), lively_gates)

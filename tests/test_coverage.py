@@ -8,7 +8,7 @@ from tests.coverage import committed, measure, specimens
 from tests.zoo.specimen import Specimen
 from tests.zoo.styles_negative import NOT_DITS
 
-EXACT, HALF, BATCH = 1e-6, 1e-2, 2e-5
+EXACT, HALF, BATCH, RESIZED = 1e-6, 1e-2, 2e-5, 1e-6
 TABLE = committed()
 ALL = {specimen.name: specimen for specimen in specimens()}
 
@@ -39,6 +39,9 @@ def test_every_branch_is_found_and_reused_exactly(specimen: Specimen) -> None:
     assert row.compute <= most
     assert row.reuse is not None
     assert row.reuse <= most
+    if row.resized is not None:
+        assert row.resized <= (HALF if "bfloat16" in row.name else RESIZED)
+    assert row.sizes == TABLE[specimen.name][9]
     if row.batch is not None:
         assert row.batch <= (3 * HALF if "bfloat16" in row.name else BATCH)
     share = float(TABLE[specimen.name][5].rstrip("%")) / 100

@@ -126,7 +126,7 @@ class _Samples:
             )
             if large or call.lists or recorded.output.shape[:1] != (call.batch,):
                 alone = number
-            groups.setdefault((call.key, repr(alone)), []).append((call, recorded.output))
+            groups.setdefault((call.key, call.sizes, repr(alone)), []).append((call, recorded.output))
         self._groups = list(groups.values())
         self._generator = torch.Generator().manual_seed(seed)
 

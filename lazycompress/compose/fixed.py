@@ -91,13 +91,19 @@ class Fixed:
 def annotate(flat: LazyGraph, source: fx.Graph) -> None:
     """Give every node of a flat graph its symbolic value, as the capture gave those of `source`."""
     count = len(flat.leaves)
-    inputs = [node.meta["val"] for node in [n for n in source.nodes if n.op == "placeholder"][:count]]
+    placeholders = [node for node in source.nodes if node.op == "placeholder"]
+    inputs = [node.meta["val"] for node in placeholders[:count]]
     mode = next(value.fake_mode for value in inputs if hasattr(value, "fake_mode"))
     batch = inputs[flat.latents].shape[0]
     with mode:
         state = [
-            torch.empty([batch * spec.scale if size == -1 else size for size in spec.shape], dtype=spec.dtype)
-            for spec in flat.state
+            torch.empty(
+                node.meta["like"].shape
+                if "like" in node.meta
+                else [batch * spec.scale if size == -1 else size for size in spec.shape],
+                dtype=spec.dtype,
+            )
+            for node, spec in zip(placeholders[count + 1 :], flat.state, strict=True)
         ]
         threshold = torch.empty(())
     before = mode.allow_non_fake_inputs

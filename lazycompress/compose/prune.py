@@ -89,7 +89,7 @@ def prune(
     started = time.perf_counter()
     need_pruner(options)
     with own_noise(seed + 777):
-        captured = capture(model, call_of(model, first_call(model, sampler)))
+        captured = capture(model, call_of(model, first_call(model, sampler)), sizes=False)
     branches = locate_branches(captured.graph_module.graph, captured.batch)
     linears = _linears(captured.graph_module, model)
     heavy = [node for branch in branches for node in branch.nodes if is_heavy(node)]

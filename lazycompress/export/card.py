@@ -67,8 +67,11 @@ def need_sizes(inputs: dict[str, Tensor], sizes: dict[str, list[int | None]]) ->
 
 
 def fresh_state(entry: dict[str, Any], batch: int) -> np.ndarray[Any, Any]:
-    """One entry of the card's "state" before the first step of an image, for a batch of that size."""
-    shape = [batch * entry["scale"] if size == -1 else size for size in entry["shape"]]
+    """One entry of the card's "state" before the first step of an image, for a batch of that size.
+
+    Its sizes that change with those of the inputs (-2) are 1: the file takes any, and uses none of it.
+    """
+    shape = [batch * entry["scale"] if size == -1 else max(size, 1) for size in entry["shape"]]
     return np.full(shape, entry["fill"], dtype=entry["dtype"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import ExportError
+from ..graph.sizes import resized
 from ..runtime import LazyModel
 from .card import read_card
 from .trace import Granularity, granularity
@@ -19,6 +21,9 @@ CHECK_FILE = "lazycompress.check.safetensors"
 
 #: Calls that are recorded: an image is begun, goes on twice, and is begun again.
 _CALLS = 4
+
+#: Other sizes that are tried, of which one is recorded.
+_TRIALS = 5
 
 
 @dataclass(frozen=True)
@@ -53,33 +58,49 @@ class Report:
         )
 
 
-def record(lazy: LazyModel, decide: Granularity) -> dict[str, Tensor]:
-    """Run torch on the example inputs over a few timesteps; every input, output and decision, by call and name."""
+def record(lazy: LazyModel, decide: Granularity, sizes: bool = True) -> dict[str, Tensor]:
+    """Run torch on the example inputs over a few timesteps; every input, output and decision, by call and name.
+
+    With `sizes` some calls of other sizes follow, where the capture takes them.
+    """
     call = lazy.example
-    lowered = lazy.program(call).lowered
+    program = lazy.program(call)
+    lowered = program.lowered
     device = call.tensors[0].device
     state = [spec.fresh(call.batch, device) for spec in lowered.state]
     grid = lazy.gates.grid.cpu()
     times = (grid.flip(0) if float(lazy.gates.direction) > 0 else grid)[:_CALLS].tolist()
-    given = call.tensors[lowered.timestep]
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
-    for number in range(_CALLS):
-        tensors = list(call.tensors)
+    threshold = torch.tensor(float(lazy.gates.threshold), device=device)
+
+    def run(number: int, tensors: list[Tensor], state: list[Tensor]) -> list[Tensor]:
+        """One call; the state that it leaves."""
+        tensors = list(tensors)
         moved = 0.05 * number * torch.randn(tensors[lowered.latents].shape, generator=generator).to(device)
         tensors[lowered.latents] = (tensors[lowered.latents] + moved).to(tensors[lowered.latents].dtype)
         if len(times) >= _CALLS - 1:
-            time = times[number] if number < _CALLS - 1 else times[0]
-            tensors[lowered.timestep] = torch.full_like(given, time)
-        threshold = torch.tensor(float(lazy.gates.threshold), device=device)
+            time = times[number % (_CALLS - 1)]
+            tensors[lowered.timestep] = torch.full_like(tensors[lowered.timestep], time)
         with torch.no_grad(), granularity(lowered, decide):
             results = lowered.graph_module(*tensors, threshold, *state)
-        state = list(results[lowered.outputs : -1])
         for leaf, tensor in zip(lowered.leaves, tensors, strict=True):
             found[f"{number}.in.{leaf.name}"] = tensor
         for position in range(lowered.outputs):
             found[f"{number}.out.{position}"] = results[position]
         found[f"{number}.decisions"] = results[-1].to(torch.float32)
+        return list(results[lowered.outputs : -1])
+
+    for number in range(_CALLS):
+        state = run(number, call.tensors, state)
+    others = program.captured.sizes.others(call.batch) if sizes and program.captured.sizes.is_dynamic else iter(())
+    for shapes in itertools.islice(others, _TRIALS):
+        try:
+            after = run(_CALLS, resized(call.tensors, shapes), state)
+        except (IndexError, RuntimeError):
+            continue  # sizes that the model itself does not take
+        run(_CALLS + 1, resized(call.tensors, shapes), after)
+        break
     return {name: value.detach().cpu().clone().contiguous() for name, value in found.items()}
 
 
@@ -92,7 +113,7 @@ def compare(directory: Path, found: dict[str, Tensor], runner: Any, tolerance: f
     """Run a file on recorded calls."""
     difference = largest = 0.0
     flipped: int | None = None
-    for number in range(_CALLS):
+    for number in range(sum(name.endswith(".decisions") for name in found)):
         prefix = f"{number}.in."
         inputs = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
         runner.usage.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..storage import whole_folder
 from .card import CARD_FILE
 from .check import compare, record, save_record, start, verify
 from .trace import Granularity, TracedModel, Weights, trace
+
+_log = logging.getLogger(__name__)
 
 #: Largest difference to torch that an export may have, as a share of the largest output.
 _TOLERANCES: dict[Weights, float] = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1}
@@ -72,21 +75,23 @@ def export(
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     with whole_folder(target) as folder:
-        card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide)
-        if check:
-            found = record(lazy, decide)
-            save_record(found, folder)
-            exact = weights == "f32" and not lazy.stages
-            tolerance = max(_TOLERANCES[weights], _COMPOSED if lazy.stages else 0.0)
-            report = compare(target, found, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
-            if not report.ok:
-                raise ExportError(f"the written file does not give what torch gives: {report}")
-            card["parity"] = {
-                "difference": report.difference,
-                "largest": report.largest,
-                "tolerance": tolerance,
-                "flipped": report.flipped,
-            }
+
+        def write(sizes: bool) -> dict[str, Any]:
+            card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, sizes)
+            return card | ({"parity": _check(lazy, card, folder, target, sizes)} if check else {})
+
+        dynamic = lazy.program(lazy.example).captured.sizes.is_dynamic
+        try:
+            card = write(dynamic)
+        except ExportError as error:
+            if not dynamic:
+                raise
+            for path in folder.iterdir():
+                path.unlink()
+            card = write(False)
+            _log.warning(
+                "lazycompress exports %s for the sizes of its example only: %s", type(lazy.model).__name__, error
+            )
         card["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CARD_FILE}
         for path in folder.iterdir():
             _flush(path)
@@ -95,6 +100,30 @@ def export(
         for path in (folder / CARD_FILE, folder):
             _flush(path)
     return target
+
+
+def _check(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
+    """Run the written file on recorded calls; returns how it compares.
+
+    Raises:
+        ExportError: it gives something else than torch.
+    """
+    found = record(lazy, card["decide"], sizes)
+    save_record(found, folder)
+    exact = card["weights"] == "f32" and not lazy.stages
+    tolerance = max(_TOLERANCES[card["weights"]], _COMPOSED if lazy.stages else 0.0)
+    try:
+        report = compare(target, found, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
+    except RuntimeError as error:
+        raise ExportError(f"the written file does not run: {' '.join(str(error).split())[:300]}") from error
+    if not report.ok:
+        raise ExportError(f"the written file does not give what torch gives: {report}")
+    return {
+        "difference": report.difference,
+        "largest": report.largest,
+        "tolerance": tolerance,
+        "flipped": report.flipped,
+    }
 
 
 def write_card(card: dict[str, Any], folder: Path) -> None:
@@ -110,9 +139,10 @@ def _write(
     stateful: bool,
     weights: Weights,
     decide: Granularity,
+    sizes: bool,
 ) -> dict[str, Any]:
     """Write the model's files; returns the card. What was traced is freed on return."""
-    traced = trace(lazy, one_batch=not stateful, decide=decide)
+    traced = trace(lazy, one_batch=not stateful, decide=decide, sizes=sizes)
     details: dict[str, Any] = {"weights": weights, "decide": decide, "stages": lazy.stages}
     if format == "openvino":
         from . import openvino as to_openvino

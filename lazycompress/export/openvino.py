@@ -5,7 +5,7 @@
 3. Weights may be stored in half the size; a conversion restores them when the file is loaded. Gates keep float32.
 4. Gates and clock compute in float32 whatever the precision hint, see `exact`.
 
-A new image (timestep not past the last one, other conditioning, other batch size, or `reset_state()`) computes every branch
+A new image (timestep not past the last one, other conditioning, batch or sizes, or `reset_state()`) computes every branch
 by itself: the clock is part of the graph.
 """
 
@@ -231,7 +231,7 @@ def _with_state(model: ov.Model, traced: TracedModel) -> ov.Model:
             gone.append(present)
             continue
         variable = ov.op.util.VariableInfo()
-        variable.data_shape = ov.PartialShape(list(spec.shape))
+        variable.data_shape = ov.PartialShape([max(size, -1) for size in spec.shape])
         variable.data_type = parameter.get_element_type()
         variable.variable_id = past
         read = ops.read_value(ops.constant(_initial(spec)), past, variable.data_type, variable.data_shape)
@@ -253,9 +253,8 @@ def _identity(value: Any) -> Any:
 
 
 def _initial(spec: StateSpec) -> np.ndarray[Any, Any]:
-    """One row of "no image yet"; the graph ignores all rows of a state whose batch size differs."""
-    shape = [spec.scale if size == -1 else size for size in spec.shape]
-    tensor = torch.full(shape, spec.fill, dtype=spec.dtype)
+    """One row of "no image yet"; the graph ignores all rows of a state whose batch or other sizes differ."""
+    tensor = spec.fresh(1, torch.device("cpu"))
     if spec.dtype is torch.bfloat16:
         tensor = tensor.to(torch.float32)
     array: np.ndarray[Any, Any] = tensor.numpy()

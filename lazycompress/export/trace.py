@@ -48,6 +48,9 @@ Weights = Literal["f32", "f16", "bf16"]
 
 DECISIONS = "lazy_decisions"
 
+#: Tokens, height and so on of the past that a model is traced with.
+_PAST = 3
+
 
 def is_weight(name: str, size: int) -> bool:
     """Whether a float32 constant may be stored with fewer bits: large, and no part of a gate."""
@@ -74,19 +77,19 @@ class _Exportable(nn.Module):
 
 
 @contextmanager
-def granularity(lowered: LazyGraph, value: Granularity) -> Iterator[None]:
-    """Within the block a lowered graph decides for each sample, or once for the whole batch."""
+def granularity(lowered: LazyGraph, value: Granularity, sizes: bool = True) -> Iterator[None]:
+    """Within the block a lowered graph decides for each sample, or once for the whole batch; exported, for any size or not."""
     branches = lazy_branches(lowered)
     for branch in branches:
-        branch.whole_batch = value == "batch"
+        branch.whole_batch, branch.any_size = value == "batch", sizes
     try:
         yield
     finally:
         for branch in branches:
-            branch.whole_batch = False
+            branch.whole_batch, branch.any_size = False, True
 
 
-def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sample") -> TracedModel:
+def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sample", sizes: bool = True) -> TracedModel:
     """Trace a lazy model for the call it was captured with, for any batch size.
 
     Args:
@@ -94,6 +97,7 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         one_batch: the past state always has the batch size of the inputs (a caller manages it); else it may have another
             one, of which nothing is kept (the file manages it).
         decide: for each sample, or once for the whole batch: a branch then runs for everyone if any sample needs it.
+        sizes: for all sizes that the capture can run; else for those of the example.
 
     Raises:
         ExportError: `torch.export` does not take the lowered graph.
@@ -106,12 +110,22 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         for t, leaf in zip(call.tensors, call.leaves, strict=True)
     ]
     batch = examples[call.latents].shape[0]
-    past = [spec.fresh(batch if one_batch else batch + 1, call.tensors[0].device) for spec in lowered.state]
-    dynamic = [None if leaf.batch_dim is None else {leaf.batch_dim: Dim.AUTO} for leaf in call.leaves]
-    dynamic += [{0: Dim.AUTO} for _ in past]
+    state = lowered.state if sizes else [spec.fixed for spec in lowered.state]
+    past = [spec.fresh(batch if one_batch else batch + 1, call.tensors[0].device) for spec in state]
+    # A past of other sizes than the call's: what its sizes are must not be taken for granted.
+    past = [
+        value.expand([_PAST if size == -2 else -1 for size in spec.shape])
+        for value, spec in zip(past, state, strict=True)
+    ]
+    known = program.captured.sizes.dynamic if sizes else [[] for _ in call.leaves]
+    free = [
+        [*dims, *([] if leaf.batch_dim is None else [leaf.batch_dim])]
+        for dims, leaf in zip(known, call.leaves, strict=True)
+    ] + [[d for d, size in enumerate(spec.shape) if size < 0] for spec in state]
+    dynamic = [dict.fromkeys(dims, Dim.AUTO) or None for dims in free]
     exportable = _Exportable(lowered, float(lazy.gates.threshold), one_batch)
     try:
-        with torch.no_grad(), granularity(lowered, decide), warnings.catch_warnings():
+        with torch.no_grad(), granularity(lowered, decide, sizes), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 exportable, (*examples, *past), dynamic_shapes=(tuple(dynamic),), strict=False
@@ -121,14 +135,14 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         raise ExportError(f"torch.export does not take the lowered graph: {first[:300]}") from error
     make_portable(exported)
     shapes = [
-        [-1 if d == leaf.batch_dim else size for d, size in enumerate(t.shape)]
-        for t, leaf in zip(examples, call.leaves, strict=True)
-    ] + [list(spec.shape) for spec in lowered.state]
+        [-1 if d in dims else size for d, size in enumerate(t.shape)]
+        for t, dims in zip([*examples, *past], free, strict=True)
+    ]
     names = [leaf.name for leaf in call.leaves]
     present = [spec.name.replace("past", "present", 1) for spec in lowered.state]
     outputs = _output_names(program.captured.output_spec, lowered.outputs)
     return TracedModel(
-        exported, names + [spec.name for spec in lowered.state], [*outputs, *present, DECISIONS], lowered.state, shapes,
+        exported, names + [spec.name for spec in lowered.state], [*outputs, *present, DECISIONS], state, shapes,
         [*examples, *past],
     )  # fmt: skip
 

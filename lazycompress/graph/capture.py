@@ -1,8 +1,8 @@
 """Stage 1, capture: an `nn.Module` and the inputs of one real call become an ATen FX graph.
 
 The graph takes the call's tensors as a flat list and gives the output's tensors as a flat list; everything that is not
-a tensor is fixed in the capture and part of its `CallKey`. The batch dimension is always dynamic; whether other
-dimensions can be is for `torch.export` to find out.
+a tensor is fixed in the capture and part of its `CallKey`. The batch dimension is always dynamic; whether height, width,
+frames and numbers of tokens can be is for `torch.export` to find out, see `sizes`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..errors import CaptureError, InputError
 from .hostreads import HostReads, Recorder, Replayer, split_reads
 from .opaque import Opaque, untraceable
 from .ops import has_data_size, is_dynamic, shape_of
+from .sizes import Sizes
 from .tidy import has_mutation, tidy
 from .untouched import untouched
 
@@ -49,11 +50,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class CallKey:
-    """What makes two calls run the same capture: structure, constants, dtypes, device, and all sizes but the batch."""
+    """What two calls need to share to run the same capture: structure, constants, dtypes, device, ranks."""
 
     spec: str
     constants: str
-    tensors: tuple[tuple[torch.dtype, str, tuple[int, ...]], ...]
+    tensors: tuple[tuple[torch.dtype, str, int], ...]
 
 
 @dataclass
@@ -73,11 +74,19 @@ class Call:
 
     @property
     def key(self) -> CallKey:
-        tensors = tuple(
-            (t.dtype, str(t.device), tuple(-1 if d == leaf.batch_dim else size for d, size in enumerate(t.shape)))
-            for t, leaf in zip(self.tensors, self.leaves, strict=True)
-        )
+        tensors = tuple((t.dtype, str(t.device), t.dim()) for t in self.tensors)
         return CallKey(f"{self.spec} {self.lists}", repr(sorted(self.others.items())), tensors)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of every tensor, the batch included."""
+        return tuple(tuple(t.shape) for t in self.tensors)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes with -1 for the batch."""
+        pairs = zip(self.tensors, self.leaves, strict=True)
+        return tuple(tuple(-1 if d == leaf.batch_dim else n for d, n in enumerate(t.shape)) for t, leaf in pairs)
 
     def arguments(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """The keyword arguments again, with other tensors in the places of the leaves."""
@@ -93,6 +102,7 @@ class Capture:
     """A dense FX graph of one call: placeholders in the order of `leaves`, one flat tuple of tensors as output.
 
     Attributes:
+        sizes: which sizes of the inputs the graph can run.
         batch: the batch size of the examples, which the hints of dynamic sizes refer to.
         fixed_batch: the only batch size that the graph can run, or None if it is dynamic.
         reads: values that the model reads on the host and that were fixed, or None.
@@ -101,6 +111,7 @@ class Capture:
     graph_module: fx.GraphModule
     leaves: list[Leaf]
     latents: int
+    sizes: Sizes
     batch: int
     output_spec: pytree.TreeSpec
     notes: list[str] = field(default_factory=list)
@@ -108,8 +119,8 @@ class Capture:
     reads: HostReads | None = None
 
     def serves(self, call: Call) -> bool:
-        """Whether this capture can run a call of the same key: its batch, and the values that were fixed."""
-        if self.fixed_batch not in (None, call.batch):
+        """Whether this capture can run a call of the same key: its batch, its sizes, and the values that were fixed."""
+        if self.fixed_batch not in (None, call.batch) or not self.sizes.serve(call.shapes, call.batch):
             return False
         return self.reads is None or self.reads.hold(call.tensors)
 
@@ -203,12 +214,18 @@ def _batch_dim(tensor: Tensor, batch: int, tensors: Sequence[Tensor]) -> int | N
     return 1 if tensor.dim() >= 4 and tensor.shape[1] == batch > 1 else None
 
 
-def capture(model: nn.Module, call: Call) -> Capture:
-    """Export `model` for calls like `call`, with a dynamic batch where the model allows one.
+def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
+    """Export `model` for calls like `call`, with a dynamic batch and dynamic sizes where the model allows them.
 
     The model is exported as it is (shared weights, not copied) and left unchanged. The ways of `torch.export` are tried
-    from the most general to the most special: without tracing Python bytecode (the more tolerant way), then with it; with
-    the values that the model reads on the host fixed; with the batch of `call`; without the modules that are in the way.
+    from the most general to the most special: without tracing Python bytecode (the more tolerant way), any sizes and then
+    those of `call`; then with it; with the values that the model reads on the host fixed; with the batch of `call`; without
+    the modules that are in the way.
+
+    Args:
+        model: the dense model.
+        call: one of its calls.
+        sizes: whether to try with dynamic sizes; the batch is dynamic anyway.
 
     Raises:
         CaptureError: names the operation and the source line of the model that `torch.export` stopped at.
@@ -216,6 +233,7 @@ def capture(model: nn.Module, call: Call) -> Capture:
     failures: list[Exception] = []
     unsettled: Capture | None = None
     ways = [
+        *([_Way(sizes=True)] if sizes else []),
         _Way(),
         _Way(strict=True),
         _Way(reads=True),
@@ -232,6 +250,8 @@ def capture(model: nn.Module, call: Call) -> Capture:
             with untouched(model):
                 captured = _export(model, call, way, warm=bool(failures))
         except Exception as error:  # torch.export raises errors of many classes
+            if way.sizes and not isinstance(error, _BatchIsFixedError):
+                continue  # what stops it with fixed sizes too says more
             failures.append(error)
             if not ways and unsettled is None:
                 ways = _opaque_ways(model, failures, way)
@@ -266,10 +286,12 @@ def _opaque_ways(model: nn.Module, failures: list[Exception], way: _Way) -> list
 class _Way:
     """One way to export.
 
-    The batch dynamic or that of the call, Python bytecode traced or not, host reads fixed or not, some modules not traced.
+    The batch dynamic or that of the call, the sizes too, Python bytecode traced or not, host reads fixed or not, some
+    modules not traced.
     """
 
     dynamic: bool = True
+    sizes: bool = False
     strict: bool = False
     reads: bool = False
     opaque: tuple[str, ...] = ()
@@ -282,8 +304,10 @@ class _BatchIsFixedError(Exception):
 def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
     adapter = _Adapter(model, call)
     tensors = _spread_batch(call) if way.dynamic else list(call.tensors)
-    sizes = [None if leaf.batch_dim is None else {leaf.batch_dim: Dim.AUTO} for leaf in call.leaves]
-    shapes = (sizes,) if way.dynamic else None
+    dims = [[leaf.batch_dim] if leaf.batch_dim is not None else [] for leaf in call.leaves]
+    if way.sizes:
+        dims = [known + _size_dims(t, leaf) for known, t, leaf in zip(dims, tensors, call.leaves, strict=True)]
+    shapes = ([dict.fromkeys(found, Dim.AUTO) or None for found in dims],) if way.dynamic else None
     if shapes is not None and not call.leaves[call.latents].batched:
         raise _BatchIsFixedError
     left_out = Opaque(list(way.opaque), "torch.export cannot take it")
@@ -305,6 +329,14 @@ def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
             program = program.run_decompositions({})
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    values = [node.meta["val"] for node in placeholders]
+    taken = Sizes(values, [leaf.batch_dim if way.dynamic else None for leaf in call.leaves])
+    if way.sizes:
+        if any(has_data_size(node) for node in graph_module.graph.nodes):
+            raise RuntimeError("sizes that only the data has")
+        with _quiet():
+            taken.settle()
     tidy(graph_module)
     left_out.put_back(graph_module, model)
     reads, notes = None, []
@@ -318,8 +350,7 @@ def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
         notes.append(
             f"{adapter.sources} values that the model reads from its inputs are fixed: others are captured again"
         )
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    if way.dynamic and not is_dynamic(placeholders[call.latents].meta["val"].shape[0]):
+    if way.dynamic and not is_dynamic(values[call.latents].shape[0]):
         raise _BatchIsFixedError
     if way.opaque:
         notes.append(f"{len(way.opaque)} modules run untraced, in PyTorch only: {', '.join(way.opaque)}")
@@ -328,7 +359,7 @@ def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
     batch = tensors[call.latents].shape[0] if way.dynamic else call.batch
     spec = adapter.output_spec(tensors)
     return Capture(
-        graph_module, call.leaves, call.latents, batch, spec, notes, None if way.dynamic else call.batch, reads
+        graph_module, call.leaves, call.latents, taken, batch, spec, notes, None if way.dynamic else call.batch, reads
     )
 
 
@@ -394,6 +425,19 @@ def _spread_batch(call: Call) -> list[Tensor]:
     if call.batch > 1:
         return list(call.tensors)
     return [torch.cat([t, t]) if leaf.batched else t for t, leaf in zip(call.tensors, call.leaves, strict=True)]
+
+
+def _size_dims(tensor: Tensor, leaf: Leaf) -> list[int]:
+    """Dimensions that may hold height, width, frames or a number of tokens; channels are told by the model's own weights.
+
+    The last dimension of tokens, position ids and tables of positions holds channels.
+    """
+    rank, last = tensor.dim(), tensor.dim() - 1
+    if tensor.is_floating_point():
+        taken = rank >= 4 or (rank == 2 and leaf.batched)  # maps, masks
+    else:
+        taken = rank == 1 or tensor.shape[-1] > 4
+    return [d for d, n in enumerate(tensor.shape) if d != leaf.batch_dim and n > 1 and (d != last or taken)]
 
 
 def _path_name(path: Any) -> str:

@@ -12,9 +12,11 @@ Its outputs, one flat tuple: the model's outputs, then the state for the next ca
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 
@@ -22,7 +24,7 @@ from ..errors import InputError, LocateError
 from ..gate import Gates
 from .capture import Capture, Leaf
 from .locate import Branch
-from .ops import size_hint
+from .ops import is_dynamic, size_hint
 
 _ops = torch.ops.lazycompress
 
@@ -37,17 +39,28 @@ _TIMESTEP = re.compile(
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor that a call leaves for the next: name, sizes (-1 is the batch, or `scale` times it), dtype."""
+    """One tensor that a call leaves for the next: name, sizes, dtype.
+
+    Of its sizes -1 is the batch, or `scale` times it, and -2 one that changes with the sizes of the inputs; `example` holds
+    what they were at capture.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     fill: float = 0.0
     scale: int = 1
+    example: tuple[int, ...] = ()
+
+    @property
+    def fixed(self) -> StateSpec:
+        """The same state for the sizes at capture, and any batch."""
+        sizes = zip(self.shape, self.example or self.shape, strict=True)
+        return replace(self, shape=tuple(seen if size == -2 else size for size, seen in sizes))
 
     def fresh(self, batch: int, device: torch.device) -> Tensor:
-        """The state before the first step of an image."""
-        shape = [batch * self.scale if size == -1 else size for size in self.shape]
+        """The state before the first step of an image; what depends on the sizes of the inputs has size 1."""
+        shape = [batch * self.scale if size == -1 else max(size, 1) for size in self.shape]
         return torch.full(shape, self.fill, dtype=self.dtype, device=device)
 
 
@@ -63,6 +76,8 @@ class LazyGraph:
     latents: int
     timestep: int
     conditions: list[int]
+    #: Inputs and dimensions whose sizes may differ between images.
+    sized: list[tuple[int, int]]
     dynamic_batch: bool
 
 
@@ -120,14 +135,17 @@ def insert_gates(
     source = captured.graph_module.graph
     placeholders = [node for node in source.nodes if node.op == "placeholder"]
     batch = placeholders[captured.latents].meta["val"].shape[0]
+    sized = captured.sizes.places
     state = [
         StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never),
-        StateSpec("past_prints", (-1, max(1, 2 * len(conditions))), torch.float32),
+        StateSpec("past_prints", (-1, max(1, 2 * len(conditions) + len(sized))), torch.float32),
         StateSpec("past_times", (-1, 2 + 2 * len(branches)), torch.float32, fill=gates.never),
     ]
     clock = len(state)
     for i, branch in enumerate(branches):
-        state += [cache_spec(f"past_{i}_{s}", node, batch) for s, node in enumerate(branch.exits)]
+        state += [
+            cache_spec(f"past_{i}_{s}", node, batch, captured.sizes.symbols) for s, node in enumerate(branch.exits)
+        ]
     caches_end = len(state)
     caches = state[clock:]
     for word in RATES[: int(gates.order)]:
@@ -142,7 +160,15 @@ def insert_gates(
         graph.get_attr(f"lazy_gates.{name}") for name in ("grid", "direction", "bias", "slope", "phase")
     )
     time = graph.call_function(_ops.timestep_per_sample, (public[placeholders[timestep]], latents))
-    prints = graph.call_function(_ops.fingerprint, ([public[placeholders[c]] for c in conditions], latents))
+    prints = graph.call_function(
+        _ops.fingerprint,
+        (
+            [public[placeholders[c]] for c in conditions],
+            latents,
+            [public[placeholders[i]] for i, _ in sized],
+            [dim for _, dim in sized],
+        ),
+    )
     valid = graph.call_function(_ops.valid, (time, past[0], prints, past[1], past[2], direction, phase))
     now = graph.call_function(_ops.clock, (time, past[0], valid, direction, phase))
     hats = graph.call_function(_ops.hat, (now, grid))
@@ -158,6 +184,9 @@ def insert_gates(
     streams = [(i, node) for i, branch in enumerate(branches) for node in branch.exits]
     cache_of = dict(zip(streams, past[clock:caches_end], strict=True))
     rates_of = {key: past[caches_end + k :: len(streams)] for k, key in enumerate(streams)}
+    for i, node in streams:
+        for stored in (cache_of[i, node], *rates_of[i, node]):
+            stored.meta["like"] = node.meta["val"].transpose(0, batch_dim(node, batch))  # whose sizes it has
     scale_of = dict(zip(streams, (spec.scale for spec in state[clock:]), strict=False))
     paces: dict[int, fx.Node] = {}
     held: dict[tuple[int, fx.Node], list[fx.Node]] = {}
@@ -266,7 +295,7 @@ def insert_gates(
     graph.lint()
     module = fx.GraphModule(_Root(captured.graph_module, gates), graph)
     return LazyGraph(
-        module, captured.leaves, state, branches, len(results), captured.latents, timestep, conditions,
+        module, captured.leaves, state, branches, len(results), captured.latents, timestep, conditions, sized,
         dynamic_batch=isinstance(batch, torch.SymInt),
     )  # fmt: skip
 
@@ -294,12 +323,14 @@ def batch_dim(node: fx.Node, batch: int | torch.SymInt) -> int:
     return 0 if not dims or 0 in dims else dims[0]
 
 
-def cache_spec(name: str, node: fx.Node, batch: int | torch.SymInt) -> StateSpec:
+def cache_spec(name: str, node: fx.Node, batch: int | torch.SymInt, sizes: Collection[sympy.Symbol] = ()) -> StateSpec:
     """The state that holds the value of `node`, whose first dimension is the batch or a multiple of it."""
     value = node.meta["val"].transpose(0, batch_dim(node, batch))
     scale, rest = divmod(size_hint(value.shape[0]), size_hint(batch))
-    if rest or scale == 0:
+    first: Any = value.shape[0]
+    if rest or scale == 0 or (is_dynamic(first) and first.node.expr.free_symbols & set(sizes)):
         raise LocateError(
             f"the first dimension of {node.name} {list(value.shape)} is not the batch or a multiple of it"
         )
-    return StateSpec(name, (-1, *(size_hint(s) for s in value.shape[1:])), value.dtype, scale=scale)
+    shape = (-1, *(-2 if is_dynamic(size) else size_hint(size) for size in value.shape[1:]))
+    return StateSpec(name, shape, value.dtype, scale=scale, example=tuple(map(size_hint, value.shape)))

@@ -6,13 +6,13 @@ compiled graph breaks there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..gate import decide, forecast, moved, select, trend
 
@@ -48,6 +48,7 @@ class LazyBranch(nn.Module):
         outputs: list[int],
         gather: bool,
         scales: list[int],
+        shapes: fx.GraphModule | None = None,
     ) -> None:
         super().__init__()
         self.index = index
@@ -55,6 +56,10 @@ class LazyBranch(nn.Module):
         self.operands = operands
         self.outputs = outputs
         self.gather = gather
+        #: From the operands the shape of each output, where more than its batch is dynamic.
+        self.shapes = shapes
+        #: While exported: whether inputs may have other sizes than the example's.
+        self.any_size = True
         #: Rows of dim 0 per sample that each cache has.
         self.scales = scales
         #: One decision for the whole batch: everyone reuses or everyone computes. Nothing is gathered then.
@@ -116,8 +121,7 @@ class LazyBranch(nn.Module):
             return fresh
         found = list(fresh)
         for new, cache, own, scale in zip(fresh, caches, _grouped(rates, len(caches)), self.scales, strict=True):
-            count = new.shape[0]
-            found += trend(new, fit(cache, count), [fit(rate, count) for rate in own], pace, scale)
+            found += trend(new, cache, own, pace, scale)
         return found
 
     def some(
@@ -140,9 +144,8 @@ class LazyBranch(nn.Module):
             fresh = self.run(operands)
         outputs, changed = [], []
         for new, cache, own, scale in zip(fresh, caches, _grouped(rates, len(caches)), self.scales, strict=True):
-            old, slow = fit(cache, new.shape[0]), [fit(rate, new.shape[0]) for rate in own]
-            outputs.append(select(new, forecast(old, slow, pace, scale), lazy))
-            after = zip(trend(new, old, slow, pace, scale), moved(slow, pace, scale), strict=True)
+            outputs.append(select(new, forecast(cache, own, pace, scale), lazy))
+            after = zip(trend(new, cache, own, pace, scale), moved(own, pace, scale), strict=True)
             changed += [select(computed, kept, lazy) for computed, kept in after]
         return outputs + changed
 
@@ -185,23 +188,27 @@ class LazyBranch(nn.Module):
             twin: Any = _Swapped(self, dict(zip(names, rest[ends[2] :], strict=True)))
             return twin, rest[: ends[0]], rest[ends[1] : ends[2]], rest[ends[0] : ends[1]]
 
-        # Bodies must agree on the layout of what they give, hence `contiguous` in each.
+        # Bodies must agree on the layout of what they give, hence `contiguous` in each; with dynamic sizes they cannot
+        # be seen to agree but on one dimension.
+        def plain(value: Tensor, always: bool = False) -> Tensor:
+            flat = self.shapes is not None and self.any_size
+            value = value.clone(memory_format=torch.contiguous_format) if always or flat else value.contiguous()
+            return value.flatten() if flat else value
+
         def everyone(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, operands, rates = apart(rest)
-            return tuple(value.contiguous() for value in twin.everyone(caches, operands, rates, pace))
+            return tuple(plain(value) for value in twin.everyone(caches, operands, rates, pace))
 
         def some(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, operands, rates = apart(rest)
-            return tuple(value.contiguous() for value in twin.some(lazy, samples, caches, operands, rates, pace))
+            return tuple(plain(value) for value in twin.some(lazy, samples, caches, operands, rates, pace))
 
         def nobody(lazy: Tensor, samples: Tensor, pace: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             twin, caches, _, rates = apart(rest)
             results = twin.nobody(caches, rates, pace)
             # What goes through may not be the operand itself.
             through = {id(value) for value in (*caches, *rates)}
-            return tuple(
-                v.clone(memory_format=torch.contiguous_format) if id(v) in through else v.contiguous() for v in results
-            )
+            return tuple(plain(value, always=id(value) in through) for value in results)
 
         def not_everyone(lazy: Tensor, samples: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return tuple(cond((~lazy).any(), some, nobody, (lazy, samples, *rest)))
@@ -210,11 +217,23 @@ class LazyBranch(nn.Module):
         if self.whole_batch:
             reuse = lambda *rest: nobody(lazy, lazy, *rest)  # noqa: E731
             compute = lambda *rest: everyone(lazy, lazy, *rest)  # noqa: E731
-            return list(cond(lazy.any(), reuse, compute, tensors))
+            return self._sized(cond(lazy.any(), reuse, compute, tensors), operands)
         # Outside of the bodies: a size that only the data knows may not be born inside and leave them.
         samples = computing(lazy)
         # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
-        return list(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *tensors)))
+        return self._sized(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *tensors)), operands)
+
+    def _sized(self, results: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
+        """Results in their shapes, which `torch.export` then knows, whichever way they came."""
+        if self.shapes is None or not self.any_size:
+            return list(results)
+        own = self.shapes(*operands)
+        each = len(results) // len(own) - 1  # rates of each cache
+        found = []
+        for result, shape in zip(results, [*own, *(shape for shape in own for _ in range(each))], strict=True):
+            torch._check(result.shape[0] == math.prod(shape))
+            found.append(result.reshape(shape))
+        return found
 
 
 class _Swapped:
@@ -258,13 +277,3 @@ def take(value: Tensor, samples: Tensor, rows: int) -> Tensor:
         return value.index_select(0, samples)
     folded = value.reshape(-1, rows, *value.shape[1:])
     return folded.index_select(0, samples).reshape(-1, *value.shape[1:])
-
-
-def fit(old: Tensor, rows: int) -> Tensor:
-    """A cache with that many rows.
-
-    It has another number where nothing of it is kept: the state of an exported model before its first image.
-    """
-    if statically_known_true(old.shape[0] == rows):
-        return old
-    return old.index_select(0, torch.arange(rows, device=old.device).clamp(max=old.shape[0] - 1))

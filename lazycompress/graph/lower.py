@@ -21,9 +21,10 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from ..errors import LocateError
 from .insert import LazyGraph
 from .lazy_branch import Controller, LazyBranch, Operand
-from .ops import is_data_size, is_dynamic, is_heavy
+from .ops import is_data_size, is_dynamic, is_heavy, size_hint
 from .tidy import size_node
 
 _ops = torch.ops.lazycompress
@@ -227,6 +228,7 @@ def _extract(
     sizes: list[fx.Node] = []
     batch = _batch_symbol(flat)
     again: dict[fx.Node, list[fx.Node] | None] = {}
+    fresh = [c.all_input_nodes[0] for c in chosen]
     for node in inner:
         for used in node.all_input_nodes:
             if owner.get(used) == i or used in constant:
@@ -235,6 +237,8 @@ def _extract(
                 kind = sizes if isinstance(value.meta.get("val"), torch.SymInt) else outside
                 if value not in kind:
                     kind.append(value)
+    needed = {size.meta["val"].node.expr for size in sizes} | {size for node in fresh for _, size in _dims(node)}
+    outside += _carriers(needed, outside, list(source.graph.nodes)[: len(flat.leaves)], batch)
 
     graph = fx.Graph()
     mapped: dict[fx.Node, fx.Node] = {}
@@ -242,11 +246,8 @@ def _extract(
         mapped[node] = graph.placeholder(f"operand_{k}")
         mapped[node].meta = dict(node.meta)
     operands = [Operand(_rows(node, batch)) for node in outside]
-    symbols = _symbols_inside(graph, {size.meta["val"].node.expr for size in sizes}, outside, mapped)
-    for size in sizes:
-        rebuilt = size_node(graph, size.meta["val"].node.expr, symbols)
-        assert rebuilt is not None, f"no operand of branch {i} has the size {size.meta['val']}"
-        mapped[size] = rebuilt
+    inside = _sizes_inside(graph, {size.meta["val"].node.expr for size in sizes}, outside, mapped)
+    mapped |= {size: inside[size.meta["val"].node.expr] for size in sizes}
 
     def copy(node: fx.Node) -> fx.Node:
         if node not in mapped:
@@ -255,13 +256,28 @@ def _extract(
 
     for node in inner:
         copy(node)
-    fresh = [c.all_input_nodes[0] for c in chosen]
     graph.output(tuple(mapped[node] for node in fresh))
     graph.lint()
     core = fx.GraphModule(source, graph)
     outputs = [_rows(node, batch) for node in fresh]
     gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
-    return LazyBranch(mark, core, operands, outputs, gather, scales), outside
+    return LazyBranch(mark, core, operands, outputs, gather, scales, _shapes(fresh, outside)), outside
+
+
+def _shapes(fresh: list[fx.Node], outside: list[fx.Node]) -> fx.GraphModule | None:
+    """A graph that gives the shapes of the outputs from the operands; None where only their batch is dynamic."""
+    shapes = [node.meta["val"].shape for node in fresh]
+    if not any(is_dynamic(size) for shape in shapes for size in shape[1:]):
+        return None
+    graph = fx.Graph()
+    mapped = {node: graph.placeholder(f"operand_{k}") for k, node in enumerate(outside)}
+    inside = _sizes_inside(graph, {expression for node in fresh for _, expression in _dims(node)}, outside, mapped)
+    graph.output(
+        tuple(
+            tuple(inside[size.node.expr] if is_dynamic(size) else size_hint(size) for size in shape) for shape in shapes
+        )
+    )
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def _sources(
@@ -323,23 +339,59 @@ def _rows(node: fx.Node, batch: tuple[sympy.Symbol, ...] | None) -> int:
     return int(factor) if factor.is_Integer else -1
 
 
-def _symbols_inside(
+def _carriers(
+    expressions: set[sympy.Expr],
+    outside: list[fx.Node],
+    inputs: list[fx.Node],
+    batch: tuple[sympy.Symbol, ...] | None,
+) -> list[fx.Node]:
+    """Inputs of the model that a branch reads for their sizes alone: what none of its operands tells (rule 3)."""
+    known = {size for node in outside for _, size in _dims(node)}
+    open_ = {symbol for expression in expressions - known for symbol in expression.free_symbols}
+    found: list[fx.Node] = []
+    cut = sorted(inputs, key=lambda node: _rows(node, batch) < 0)  # better one that can be cut to some samples
+    for symbol in sorted(open_, key=str):
+        if not any(_multiple(size, symbol) for node in [*outside, *found] for _, size in _dims(node)):
+            found += [node for node in cut if any(size == symbol for _, size in _dims(node))][:1]
+    return found
+
+
+def _dims(node: fx.Node) -> list[tuple[int, sympy.Expr]]:
+    """The dynamic dimensions of a value, and their sizes."""
+    value = node.meta.get("val")
+    shape: Any = value.shape if isinstance(value, Tensor) else ()
+    return [(d, size.node.expr) for d, size in enumerate(shape) if is_dynamic(size)]
+
+
+def _multiple(size: sympy.Expr, symbol: sympy.Symbol) -> int:
+    """How often `symbol` goes into a size that is a multiple of it; else 0."""
+    factor = sympy.simplify(size / symbol)
+    return int(factor) if factor.is_Integer and factor > 0 else 0
+
+
+def _sizes_inside(
     graph: fx.Graph, expressions: set[sympy.Expr], outside: list[fx.Node], mapped: dict[fx.Node, fx.Node]
-) -> dict[sympy.Symbol, fx.Node]:
-    needed = {symbol for expression in expressions for symbol in expression.free_symbols}
-    found: dict[sympy.Symbol, fx.Node] = {}
-    for symbol in sorted(needed, key=str):
-        for node in outside:
-            value = node.meta.get("val")
-            for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-                if symbol in found or not isinstance(size, torch.SymInt):
-                    continue
-                factor = sympy.simplify(size.node.expr / symbol)
-                if factor.is_Integer and factor > 0:
-                    known = graph.call_function(torch.ops.aten.sym_size.int, (mapped[node], dim))
-                    if factor != 1:
-                        known = graph.call_function(_floordiv, (known, int(factor)))
-                    found[symbol] = known
+) -> dict[sympy.Expr, fx.Node]:
+    """Nodes that compute sizes from those of operands."""
+    dims = [(node, d, size) for node in outside for d, size in _dims(node)]
+    found: dict[sympy.Expr, fx.Node] = {}
+    for expression in sorted(expressions, key=str):
+        for node, d, size in dims:
+            if size == expression and expression not in found:
+                found[expression] = graph.call_function(torch.ops.aten.sym_size.int, (mapped[node], d))
+    symbols: dict[sympy.Symbol, fx.Node] = {}
+    for symbol in sorted({s for e in expressions - set(found) for s in e.free_symbols}, key=str):
+        for node, d, size in dims:
+            factor = _multiple(size, symbol) if symbol not in symbols else 0
+            if factor:
+                symbols[symbol] = graph.call_function(torch.ops.aten.sym_size.int, (mapped[node], d))
+                if factor != 1:
+                    symbols[symbol] = graph.call_function(_floordiv, (symbols[symbol], factor))
+    for expression in sorted(expressions - set(found), key=str):
+        rebuilt = size_node(graph, expression, symbols)
+        if rebuilt is None:
+            raise LocateError(f"no operand of a branch tells the size {expression}")
+        found[expression] = rebuilt
     return found
 
 

@@ -97,6 +97,10 @@ def _sizes_from_placeholders(graph: fx.Graph) -> None:
                     known.meta["val"] = size
                 symbols[size.node.expr] = known
     known_nodes = set(symbols.values())
+    made: dict[sympy.Expr, fx.Node | None] = {}
+    anchor = last.next
+    while anchor in known_nodes:
+        anchor = anchor.next
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.op != "call_function" or node in known_nodes or not isinstance(value, torch.SymInt):
@@ -111,9 +115,11 @@ def _sizes_from_placeholders(graph: fx.Graph) -> None:
                 user.args = fx.map_arg(user.args, put)
                 user.kwargs = fx.map_arg(user.kwargs, put)
             continue
-        with graph.inserting_before(node):
-            rebuilt = size_node(graph, value.node.expr, symbols)
-        if rebuilt is not None:
+        if value.node.expr not in made:
+            with graph.inserting_before(anchor):
+                made[value.node.expr] = size_node(graph, value.node.expr, symbols)
+        rebuilt = made[value.node.expr]
+        if rebuilt is not None and rebuilt is not node:
             rebuilt.meta.setdefault("val", value)
             node.replace_all_uses_with(rebuilt)
 
