@@ -141,7 +141,7 @@ def test_files_are_as_small_as_their_weights(folder: Callable[[str, str], Path])
         # A graph of 4 branches weighs as much as a good part of 0.7 million weights.
         structure = size_of(folder("f32", format)) - 4 * sum(p.numel() for p in two_blocks().parameters())
         in_branches = 2 * 12 * 128**2
-        assert sizes["f32"] - sizes["int8"] > 0.85 * 3 * in_branches, format
+        assert sizes["f32"] - sizes["int8"] > 0.75 * 3 * in_branches, format
         assert (sizes["int4"] - structure) < 0.28 * (sizes["f32"] - structure), format
 
 
