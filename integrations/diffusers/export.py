@@ -188,8 +188,15 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
         path = part / to_openvino.MODEL_FILE
         if not path.is_file():
             raise ExportError(f"optimum-intel wrote no {path.name} for {name}; it wrote {_listed(folder)}")
-        traced = trace(model)
-        converted = to_openvino.convert(traced, telemetry=telemetry)
+        try:
+            traced = trace(model)
+            converted = to_openvino.convert(traced, telemetry=telemetry)
+        except ExportError as error:
+            if not model.program(model.example).captured.sizes.is_dynamic:
+                raise
+            _log.warning("%s is exported for the sizes of its example only: %s", name, error)
+            traced = trace(model, sizes=False)
+            converted = to_openvino.convert(traced, telemetry=telemetry)
         converted = to_openvino.with_ports_of(converted, core.read_model(path))
         path.unlink()
         path.with_suffix(".bin").unlink(missing_ok=True)
