@@ -22,7 +22,7 @@ from typing import Any
 
 from ...errors import ExportError, InputError, MissingExtraError
 from ...export.card import CARD_FILE
-from ...export.folder import describe
+from ...export.folder import describe, need_place
 from ...export.folder import export as export_model
 from ...export.trace import trace
 from ...recipe import Recipe, load_recipe
@@ -60,11 +60,7 @@ def export_pipeline(
     """
     lazy = lazy_denoisers(pipeline)
     target = Path(directory)
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / CARD_FILE).is_file():
-            raise ExportError(f"{target} is not empty and no export of lazycompress; choose another folder")
-        if not overwrite:
-            raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
+    need_place(target, overwrite)
     with whole_folder(target) as folder:
         disable(pipeline)
         try:

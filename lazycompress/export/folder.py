@@ -66,11 +66,7 @@ def export(
     if format not in ("openvino", "onnx"):
         raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
     target = Path(directory)
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / CARD_FILE).is_file():
-            raise ExportError(f"{target} is not empty and no export of lazycompress; choose another folder")
-        if not overwrite:
-            raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
+    need_place(target, overwrite)
     for name, value, known in (("weights", weights, Weights), ("decide", decide, Granularity)):
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
@@ -100,6 +96,19 @@ def export(
         for path in (folder / CARD_FILE, folder):
             _flush(path)
     return target
+
+
+def need_place(target: Path, overwrite: bool) -> None:
+    """Refuse to write over what no export wrote, or over an export that is to stay.
+
+    Raises:
+        ExportError: says which it is.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / CARD_FILE).is_file():
+            raise ExportError(f"{target} is not empty and no export of lazycompress; choose another folder")
+        if not overwrite:
+            raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
 
 
 def _check(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
@@ -206,4 +215,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["describe", "export", "verify", "write_card"]
+__all__ = ["describe", "export", "need_place", "verify", "write_card"]
