@@ -5,16 +5,17 @@ For branch i, sample b, timestep t, and Z the branch's input after norm and modu
     logit(b)  = mean over tokens of Z[b] . w_i(t) + c_i(t) - s log(e_i(b))
     score(b)  = sigmoid(logit(b))                       in [0, 1], higher is lazier
     lazy(b)   = valid(b) and score(b) > threshold
-    Y[b]      = P_b(now) if lazy(b) else F(Z)[b]
+    Y[b]      = last Y[b] if lazy(b) else F(Z)[b]
 
 `w_i(t)` and `c_i(t)` are tables over a grid of timesteps, interpolated linearly and held constant beyond its ends: at the
 grid's own points this is one gate per sampling step, as in LazyDiT (arXiv 2412.12444); the mean and the bias are ours.
 `e_i(b)` is how far the timestep has moved since the branch was last computed for this sample, in the timestep's own unit. With
 it a gate says for how long an output keeps, whatever the number of steps; without it (s = 0) whether this very step is needed.
-`P_b` is the polynomial through the branch's last computations in this image, at most `order + 1` of them: reuse repeats the
-last output (order 0) or goes on along the line or the parabola through the last ones, as TaylorSeer (arXiv 2503.06923) does. It
-is kept as its value, slope and half its curvature at the last call (`cache` and `rates`), so that a call moves it on by the time
-that has passed.
+Where all branches of a sample are lazy, the call computes nothing for it. The model's output then is not what the caches make of
+the new latents, but the polynomial through its last computed outputs in this image, gone on to now: at most `order + 1` of them,
+so the line or the parabola. That is TaylorSeer's forecast (arXiv 2503.06923), of one tensor in place of every branch's. It is
+kept as its value, slope and half its curvature at the last call (`cache` and `rates`), so that a call moves it on by the time
+that has passed. With order 0 there is none.
 `valid(b)` is false where sample b starts a new image: the timestep is not strictly past the last one, or what the model is
 conditioned on has changed. Samplers that call the model twice at a timestep (Heun's) set `phase`: a second call at the same
 timestep, but for the one at which the image began, then goes on with it and counts as that much later.
@@ -112,23 +113,23 @@ def clock(timestep: Tensor, past_timestep: Tensor, valid: Tensor, direction: Ten
 
 
 def elapsed(now: Tensor, past_times: Tensor, direction: Tensor) -> Tensor:
-    """The time since each of the past times, float32 [batch, 2 + 2 * branches]; see `times`."""
+    """The time since each of the past times, float32 [batch, 4 + branches]; see `times`."""
     past = past_times.index_select(0, _rows(now, past_times))
     return ((past - now.unsqueeze(1)) * direction).clamp(min=SOONEST)
 
 
 def times(now: Tensor, past_times: Tensor, valid: Tensor, lazy: Tensor, never: float) -> Tensor:
-    """The past times for the next call, float32 [batch, 2 + 2 * branches].
+    """The past times for the next call, float32 [batch, 4 + branches].
 
-    When the image began, when the call is, when each branch was last computed, and when it was before that; `never` where it
-    was not in this image. lazy: [branches, batch].
+    When the image began, when the call is, when each branch was last computed, when any branch was, and when that was before;
+    `never` where it was not in this image. lazy: [branches, batch].
     """
     past = past_times.index_select(0, _rows(now, past_times))
-    branches = lazy.shape[0]
     reuses = lazy.transpose(0, 1)
+    reuses = torch.cat([reuses, reuses.all(dim=1, keepdim=True)], dim=1)
     began = torch.where(valid, past[:, 0], now).unsqueeze(1)
-    last, before = past[:, 2 : 2 + branches], past[:, 2 + branches :]
-    before = torch.where(valid.unsqueeze(1), torch.where(reuses, before, last), torch.full_like(last, never))
+    last, before = past[:, 2:-1], past[:, -1:]
+    before = torch.where(valid.unsqueeze(1), torch.where(reuses[:, -1:], before, last[:, -1:]), never)
     return torch.cat([began, now.unsqueeze(1), torch.where(reuses, last, now.unsqueeze(1)), before], dim=1)
 
 
@@ -204,31 +205,36 @@ def fit(old: Tensor, new: Tensor) -> Tensor:
     return old
 
 
-def pace(elapsed: Tensor, valid: Tensor, branch: int, unit: float) -> Tensor:
-    """What a branch's polynomial needs of the clock, float32 [batch, 6], times in units of `unit`.
+def pace(elapsed: Tensor, valid: Tensor, unit: float) -> Tensor:
+    """What the polynomial through the computed outputs needs of the clock, float32 [batch, 6], times in units of `unit`.
 
-    With d the time since the last call, a since the branch was computed, b since it was before that, seen from the last call:
+    With d the time since the last call, a since an output was computed, b since one was before that, seen from the last call:
     d; d - a, where the last computation lies; (d - a) + (d - b); 1 / a, or 0 if there is none; 1 / b, or 0; and a.
     """
-    branches = (elapsed.shape[1] - 2) // 2
-    step, last, before = elapsed[:, 1] / unit, elapsed[:, 2 + branch] / unit, elapsed[:, 2 + branches + branch] / unit
+    step, last, before = elapsed[:, 1] / unit, elapsed[:, -2] / unit, elapsed[:, -1] / unit
     known = before > last  # what never was, is clamped to no time at all
     before = torch.where(known, before, last)
     one, two = valid.to(torch.float32) / last, (valid & known).to(torch.float32) / before
     return torch.stack([step, step - last, 2 * step - last - before, one, two, last], dim=1)
 
 
-def forecast(cache: Tensor, rates: Sequence[Tensor], pace: Tensor, scale: int) -> Tensor:
-    """The output that a lazy branch gives: its polynomial, gone on by one call. `scale` rows of dim 0 per sample."""
-    if not rates:
-        return cache
+def forecast(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], lazy: Tensor, pace: Tensor, scale: int) -> Tensor:
+    """An output: the polynomial, gone on by one call, where lazy, else `fresh`; float32 as cache and rates are.
+
+    Args:
+        fresh: [batch * scale, ...], what the model gave.
+        cache, rates: value, slope and half the curvature at the last call, each like `fresh`; of any sizes if none of it is
+            kept.
+        lazy: bool [batch]. pace: see there.
+    """
+    fresh, cache, rates = _alike(fresh, cache, rates)
     step = per_row(pace, cache, scale)[0]
     moved = rates[0] if len(rates) == 1 else rates[0] + rates[1] * step
-    return cache + moved * step
+    return select(fresh, cache + moved * step, lazy)
 
 
 def moved(rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
-    """The rates of a lazy branch after one more call."""
+    """The rates after one more call that computes nothing."""
     if len(rates) < 2:
         return list(rates)
     step = per_row(pace, rates[0], scale)[0]
@@ -237,9 +243,6 @@ def moved(rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
 
 def trend(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
     """The rates of the polynomial through `fresh` and the computations before it (Newton's divided differences)."""
-    if not rates:
-        return []
-    cache, rates = fit(cache, fresh), [fit(rate, fresh) for rate in rates]
     _, last, both, one, two, since = per_row(pace, fresh, scale)
     if len(rates) == 1:
         return [(fresh - (cache + rates[0] * last)) * one]
@@ -251,8 +254,14 @@ def trend(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], pace: Tensor, s
 def hold(
     fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], lazy: Tensor, pace: Tensor, scale: int, which: int
 ) -> Tensor:
-    """Rate number `which` for the next call: gone on where lazy, else that of the last computations."""
+    """Rate number `which` for the next call: gone on where lazy, else that of the last computations. See `forecast`."""
+    fresh, cache, rates = _alike(fresh, cache, rates)
     return select(trend(fresh, cache, rates, pace, scale)[which], moved(rates, pace, scale)[which], lazy)
+
+
+def _alike(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    fresh = fresh.to(cache.dtype)
+    return fresh, fit(cache, fresh), [fit(rate, fresh) for rate in rates]
 
 
 def per_row(pace: Tensor, like: Tensor, scale: int) -> list[Tensor]:
@@ -285,8 +294,8 @@ for _function, _schema in (
     (scheduled, "(Tensor[] streams, Tensor hats, Tensor bias, Tensor elapsed, Tensor slope) -> Tensor"),
     (decide, "(Tensor score, Tensor valid, Tensor threshold) -> Tensor"),
     (select, "(Tensor fresh, Tensor cache, Tensor lazy) -> Tensor"),
-    (pace, "(Tensor elapsed, Tensor valid, int branch, float unit) -> Tensor"),
-    (forecast, "(Tensor cache, Tensor[] rates, Tensor pace, int scale) -> Tensor"),
+    (pace, "(Tensor elapsed, Tensor valid, float unit) -> Tensor"),
+    (forecast, "(Tensor fresh, Tensor cache, Tensor[] rates, Tensor lazy, Tensor pace, int scale) -> Tensor"),
     (hold, "(Tensor fresh, Tensor cache, Tensor[] rates, Tensor lazy, Tensor pace, int scale, int which) -> Tensor"),
 ):
     _library.define(f"{_function.__name__}{_schema}")
@@ -309,7 +318,8 @@ class Gates(nn.Module):
         frontier: schedules that training found for several budgets, bool [budgets, branches, grid].
         longest: how many steps of the grid one output may be reused for.
         static: 1 where the weights are left out: all samples at a timestep share one decision, and no stream is read for it.
-        order: of the polynomial through the last computations that reuse goes on along, 0, 1 or 2; 0 repeats the last one.
+        order: of the polynomial through the last computed outputs that a call without computation goes on along, 1 or 2; 0:
+            none, the caches give its output.
     """
 
     grid: Tensor
@@ -397,7 +407,7 @@ class Gates(nn.Module):
     @torch.no_grad()
     def decisions(self, timesteps: Tensor) -> Tensor:
         """What the gates decide over one image, their weights left out: bool [calls, branches] for timesteps [calls]."""
-        past = torch.full((1, 2 + 2 * len(self.names)), self.never)
+        past = torch.full((1, 4 + len(self.names)), self.never)
         before, nothing = torch.full((1,), self.never), torch.zeros(1, 1)
         direction, phase = self.direction.cpu(), self.phase.cpu()
         taken = []

@@ -72,6 +72,7 @@ class LazyModel(nn.Module):
         self.reports: list[Any] = []
         self._programs: dict[CallKey, list[_Program]] = {}
         self._controller: Controller | None = None
+        self._outputs: Callable[[list[Tensor]], list[Tensor]] | None = None
         #: What was done to the branches since they were captured: "quantize", "weights".
         self.stages: list[str] = []
         self._states = States()
@@ -216,8 +217,12 @@ class LazyModel(nn.Module):
             self.gates.never,
             lambda: [spec.fresh(call.batch, latents.device) for spec in lowered.state],
         )
-        results = lowered.graph_module(*call.tensors, threshold, *state.tensors)
+        results = list(lowered.graph_module(*call.tensors, threshold, *state.tensors))
         count = lowered.outputs
+        if self._outputs is not None:
+            given = self._outputs([results[k] for k in lowered.forecast])
+            for k, value in zip(lowered.forecast, given, strict=True):
+                results[k] = value
         state.tensors = [value.detach() for value in results[count:-1]]
         self.usage.add(results[count], results[-1])
         return pytree.tree_unflatten(results[:count], program.captured.output_spec)
@@ -378,12 +383,19 @@ class LazyModel(nn.Module):
         ratio(high)
 
     @contextmanager
-    def controlled(self, controller: Controller) -> Iterator[None]:
-        """Within the block every branch is computed, and `controller` says what it gives; for training gates."""
+    def controlled(
+        self, controller: Controller, outputs: Callable[[list[Tensor]], list[Tensor]] | None = None
+    ) -> Iterator[None]:
+        """Within the block every branch is computed, and `controller` says what it gives; for training gates.
+
+        `outputs` says what the model gives in place of those of its outputs that forecasts are for.
+        """
+        self._outputs = outputs
         self._control(controller)
         try:
             yield
         finally:
+            self._outputs = None
             self._control(None)
 
     def _control(self, controller: Controller | None) -> None:
@@ -409,25 +421,41 @@ def _near(gates: Gates, costs: Tensor, target: float) -> Tensor:
     ratios = [1.0 - float((share * schedule).sum()) for schedule in known]
     schedule = known[min(range(len(ratios)), key=lambda k: abs(ratios[k] - target))].clone()
     ratio = 1.0 - float((share * schedule).sum())
-    rank = gates.rank.cpu()
-    order = [divmod(int(k), rank.shape[1]) for k in rank.flatten().argsort()[: int(rank.isfinite().sum())]]
+    units = _units(gates, schedule)
     falling, longest = float(gates.direction) > 0, int(gates.longest)
-    for branch, step in order if ratio > target + 1e-9 else []:
+    for unit in units if ratio > target + 1e-9 else []:
         if ratio <= target + 1e-9:
             break
-        if not schedule[branch, step]:
+        more = [(branch, step) for branch, step in unit if not schedule[branch, step]]
+        for branch, step in more:
             schedule[branch, step] = True
-            if _longest_run(schedule[branch], falling) > longest:
+        if any(_longest_run(schedule[branch], falling) > longest for branch, _ in more):
+            for branch, step in more:
                 schedule[branch, step] = False
-            else:
-                ratio -= float(share[branch])
+        else:
+            ratio -= sum(float(share[branch]) for branch, _ in more)
     if ratio > target + 1e-9:
         raise LazyCompressError(f"target {target}: the gates and their guards allow {ratio:.2f} at least")
-    for branch, step in reversed(order):
-        if schedule[branch, step] and ratio + float(share[branch]) <= target + 1e-9:
-            schedule[branch, step] = False
-            ratio += float(share[branch])
+    for unit in reversed(units):
+        less = [(branch, step) for branch, step in unit if schedule[branch, step]]
+        freed = sum(float(share[branch]) for branch, _ in less)
+        if ratio + freed <= target + 1e-9:
+            for branch, step in less:
+                schedule[branch, step] = False
+            ratio += freed
     return schedule
+
+
+def _units(gates: Gates, schedule: Tensor) -> list[list[tuple[int, int]]]:
+    """Decisions (branch, step) that are taken together, the safest first: whole steps if the schedule is made of them."""
+    rank = gates.rank.cpu()
+    order = [divmod(int(k), rank.shape[1]) for k in rank.flatten().argsort()[: int(rank.isfinite().sum())]]
+    if not torch.equal(schedule.all(dim=0), schedule.any(dim=0)):
+        return [[decision] for decision in order]
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for branch, step in order:
+        steps.setdefault(step, []).append((branch, step))
+    return list(steps.values())
 
 
 def _longest_run(row: Tensor, falling: bool) -> int:

@@ -130,8 +130,8 @@ def test_the_file_holds_ifs_and_state_and_the_originals_names(lazy: LazyModel, o
     kinds = [node.get_type_name() for node in model.get_ordered_ops()]
     assert kinds.count("If") == len(lazy.branches)
     clock = ["past_timestep", "past_prints", "past_times"]
-    # Gates of order 1: a cache and a rate per branch.
-    assert kinds.count("ReadValue") == kinds.count("Assign") == 2 * len(lazy.branches) + len(clock)
+    # Gates of order 1: a cache per branch, and value and slope of the output.
+    assert kinds.count("ReadValue") == kinds.count("Assign") == len(lazy.branches) + len(clock) + 2
     assert [port.get_names() for port in model.inputs] == [{"hidden_states"}, {"timestep"}, {"class_labels"}]
     assert [port.get_names() for port in model.outputs] == [{"sample"}, {"lazy_decisions"}]
     outer = {node.get_type_name() for node in model.get_ordered_ops()}

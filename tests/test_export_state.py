@@ -299,7 +299,7 @@ def test_explicit_caches_are_inputs_and_outputs(lazy: LazyModel, export: Callabl
     folder = export(lazy, stateful=False)
     model = ov.Core().read_model(folder / "openvino_model.xml")
     clock = ["past_timestep", "past_prints", "past_times"]
-    state = [*clock, "past_0_0", "past_1_0", "past_rate_0_0", "past_rate_1_0"]
+    state = [*clock, "past_0_0", "past_1_0", "past_output_0", "past_slope_0"]
     assert [port.get_any_name() for port in model.inputs] == ["hidden_states", "timestep", "class_labels", *state]
     present = [name.replace("past", "present", 1) for name in state]
     assert [port.get_any_name() for port in model.outputs] == ["sample", *present, "lazy_decisions"]

@@ -101,11 +101,11 @@ def test_valid_is_false_for_a_state_of_another_batch_size() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.booleans(), min_size=2, max_size=2)), min_size=1, max_size=12))
-def test_elapsed_counts_from_the_last_two_computations_of_each_branch(calls: list[tuple[bool, list[bool]]]) -> None:
+def test_elapsed_counts_from_the_last_computation_of_each_branch_and_the_last_two_of_any(calls: list[tuple[bool, list[bool]]]) -> None:
     direction, never = torch.tensor(1.0), -gate.NEVER
     past = torch.full((1, 6), never)
     began = 0.0
-    computed: list[list[float]] = [[], []]
+    computed: list[list[float]] = [[], [], []]  # of two branches, and of any
     for step, (goes_on, reuse) in enumerate(calls):
         now = torch.tensor([1000.0 - 10 * step])
         goes_on = goes_on and step > 0
@@ -113,14 +113,13 @@ def test_elapsed_counts_from_the_last_two_computations_of_each_branch(calls: lis
         if goes_on:
             since = gate.elapsed(now, past, direction)[0].tolist()
             assert since[:2] == [began - float(now), 10.0]
-            for branch, history in enumerate(computed):
-                assert since[2 + branch] == history[-1] - float(now)
-                before = history[-2] - float(now) if len(history) > 1 else pytest.approx(gate.SOONEST)
-                assert since[4 + branch] == before
+            assert since[2:5] == [history[-1] - float(now) for history in computed]
+            any_ = computed[-1]
+            assert since[5] == (any_[-2] - float(now) if len(any_) > 1 else pytest.approx(gate.SOONEST))
         else:
-            began, computed = float(now), [[], []]
-        for branch, history in enumerate(computed):
-            history += [] if bool(lazy[branch, 0]) else [float(now)]
+            began, computed = float(now), [[], [], []]
+        for history, reuses in zip(computed, [*lazy[:, 0].tolist(), bool(lazy.all())], strict=True):
+            history += [] if reuses else [float(now)]
         past = gate.times(now, past, torch.tensor([goes_on]), lazy, never)
 
 

@@ -231,15 +231,19 @@ def _with_state(model: ov.Model, traced: TracedModel) -> ov.Model:
             gone.append(present)
             continue
         variable = ov.op.util.VariableInfo()
-        variable.data_shape = ov.PartialShape([max(size, -1) for size in spec.shape])
+        # Where the two know the same sizes, an Assign need not copy.
+        shape = ov.PartialShape([max(size, -1) for size in spec.shape])
+        known = value.get_partial_shape()
+        variable.data_shape = known if shape.compatible(known) and known.rank == shape.rank else shape
         variable.data_type = parameter.get_element_type()
         variable.variable_id = past
         read = ops.read_value(ops.constant(_initial(spec)), past, variable.data_type, variable.data_shape)
         read.set_friendly_name(past)
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(read.output(0))
-        # An Assign reads a node's only output; a branch has several.
-        sinks.append(ops.assign(_identity(value), past))
+        # An Assign reads a node's only output. Where there is one, it is written into the state without a copy.
+        node = value.get_node()
+        sinks.append(ops.assign(node if node.get_output_size() == 1 else _identity(value), past))
         gone.append(present)
     kept_results = [r for name, r in results.items() if name not in gone]
     kept_parameters = [p for name, p in parameters.items() if name not in traced.past]

@@ -2,9 +2,9 @@
 
 The flat graph computes every branch and then selects; it is the reference that every lowered and exported form must
 equal, and the form that quantization works on. Its placeholders, in order: the model's tensors, `lazy_threshold`,
-`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 2 + 2 * branches] (when the image began, when the last
-call was, when each branch was last computed, and when before that), one cache per stream of each branch, then as many rates for
-each cache as the order of the gates says.
+`past_timestep` [batch], `past_prints` [batch, k], `past_times` [batch, 4 + branches] (when the image began, when the last call
+was, when each branch was last computed, when any was, and when that was before), one cache per stream of each branch, then, where
+gates have an order, the value, slope and half the curvature of each output that forecasts are for, up to that order.
 Its outputs, one flat tuple: the model's outputs, then the state for the next call in the same order, then `lazy`
 [branches, batch].
 """
@@ -28,8 +28,8 @@ from .ops import is_dynamic, size_hint
 
 _ops = torch.ops.lazycompress
 
-#: What the state calls the rates of a cache.
-RATES = ("rate", "curve")
+#: What the state calls the value of an output's forecast, and its rates.
+FORECAST = ("output", "slope", "curve")
 
 #: Argument names that diffusion models give to the position in the denoising process.
 _TIMESTEP = re.compile(
@@ -78,6 +78,8 @@ class LazyGraph:
     conditions: list[int]
     #: Inputs and dimensions whose sizes may differ between images.
     sized: list[tuple[int, int]]
+    #: Positions of the outputs that forecasts are for.
+    forecast: list[int]
     dynamic_batch: bool
 
 
@@ -139,7 +141,7 @@ def insert_gates(
     state = [
         StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never),
         StateSpec("past_prints", (-1, max(1, 2 * len(conditions) + len(sized))), torch.float32),
-        StateSpec("past_times", (-1, 2 + 2 * len(branches)), torch.float32, fill=gates.never),
+        StateSpec("past_times", (-1, 4 + len(branches)), torch.float32, fill=gates.never),
     ]
     clock = len(state)
     for i, branch in enumerate(branches):
@@ -147,9 +149,12 @@ def insert_gates(
             cache_spec(f"past_{i}_{s}", node, batch, captured.sizes.symbols) for s, node in enumerate(branch.exits)
         ]
     caches_end = len(state)
-    caches = state[clock:]
-    for word in RATES[: int(gates.order)]:
-        state += [replace(spec, name=spec.name.replace("past", f"past_{word}")) for spec in caches]
+    order = int(gates.order)
+    results = list(next(node for node in source.nodes if node.op == "output").args[0])
+    found = [_forecast_spec(node, batch, captured.sizes.symbols) for node in results]
+    ahead = {position: spec for position, spec in enumerate(found) if spec is not None}
+    for word in FORECAST[: 1 + order] if order else ():
+        state += [replace(spec, name=f"past_{word}_{position}") for position, spec in ahead.items()]
 
     graph = fx.Graph()
     public: dict[fx.Node, fx.Node] = {node: graph.node_copy(node) for node in placeholders}
@@ -183,13 +188,10 @@ def insert_gates(
             entries.setdefault(stream.entry, []).append((i, position))
     streams = [(i, node) for i, branch in enumerate(branches) for node in branch.exits]
     cache_of = dict(zip(streams, past[clock:caches_end], strict=True))
-    rates_of = {key: past[caches_end + k :: len(streams)] for k, key in enumerate(streams)}
-    for i, node in streams:
-        for stored in (cache_of[i, node], *rates_of[i, node]):
-            stored.meta["like"] = node.meta["val"].transpose(0, batch_dim(node, batch))  # whose sizes it has
-    scale_of = dict(zip(streams, (spec.scale for spec in state[clock:]), strict=False))
-    paces: dict[int, fx.Node] = {}
-    held: dict[tuple[int, fx.Node], list[fx.Node]] = {}
+    stored = [*((cache_of[key], key[1]) for key in streams)]
+    stored += zip(past[caches_end:], (results[position] for _ in FORECAST for position in ahead), strict=False)
+    for kept, node in stored:
+        kept.meta["like"] = node.meta["val"].transpose(0, batch_dim(node, batch))  # whose sizes it has
     lazies: dict[int, fx.Node] = {}
     chosen: dict[tuple[int, fx.Node], fx.Node] = {}
 
@@ -239,17 +241,7 @@ def insert_gates(
             lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
         dim = batch_dim(node, batch)
         fresh = swapped(inside[i][node], node, dim)
-        cache, rates, scale = cache_of[i, node], rates_of[i, node], scale_of[i, node]
-        reused = cache
-        if rates:
-            if i not in paces:
-                paces[i] = graph.call_function(_ops.pace, (elapsed, valid, i, gates.unit))
-            reused = graph.call_function(_ops.forecast, (cache, rates, paces[i], scale))
-            held[i, node] = [
-                graph.call_function(_ops.hold, (fresh, cache, rates, lazies[i], paces[i], scale, which))
-                for which in range(len(rates))
-            ]
-        select = graph.call_function(_ops.select, (fresh, reused, lazies[i]))
+        select = graph.call_function(_ops.select, (fresh, cache_of[i, node], lazies[i]))
         select.meta = dict(fresh.meta if dim else node.meta)
         chosen[i, node] = select
         public[node] = swapped(select, node, dim)
@@ -281,23 +273,50 @@ def insert_gates(
             raise LocateError(f"branches {', '.join(stuck)} wait for each other: their streams cannot share one gate")
         waiting = left
 
-    output = next(node for node in source.nodes if node.op == "output")
-    results = list(output.args[0])
     stacked = graph.call_function(torch.ops.aten.stack.default, ([lazies[i] for i in range(len(branches))], 0))
+    given = [public[r] if isinstance(r, fx.Node) else r for r in results]
     present = [
         time,
         prints,
         graph.call_function(_ops.times, (now, past[2], valid, stacked, gates.never)),
         *(chosen[key] for key in streams),
-        *(held[key][which] for which in range(int(gates.order)) for key in streams),
     ]
-    graph.output((*(public[r] if isinstance(r, fx.Node) else r for r in results), *present, stacked))
+    if order:
+        whole = graph.call_function(torch.ops.aten.all.dim, (stacked, 0))
+        pace = graph.call_function(_ops.pace, (elapsed, valid, gates.unit))
+        values: list[fx.Node] = []
+        rates: list[list[fx.Node]] = []
+        for k, (position, spec) in enumerate(ahead.items()):
+            node = results[position]
+            cache, *before = past[caches_end + k :: len(ahead)]
+            dim = batch_dim(node, batch)
+            known = (swapped(given[position], node, dim), cache, before, whole, pace, spec.scale)
+            values.append(graph.call_function(_ops.forecast, known))
+            rates.append([graph.call_function(_ops.hold, (*known, which)) for which in range(order)])
+            values[-1].meta["val"] = node.meta["val"].transpose(0, dim)
+            result = swapped(values[-1], node, dim)
+            if node.meta["val"].dtype is not torch.float32:
+                result = graph.call_function(torch.ops.aten.to.dtype, (result, node.meta["val"].dtype))
+            given[position] = result
+        present += [*values, *(rate for of_order in zip(*rates, strict=True) for rate in of_order)]
+    graph.output((*given, *present, stacked))
     graph.lint()
     module = fx.GraphModule(_Root(captured.graph_module, gates), graph)
     return LazyGraph(
-        module, captured.leaves, state, branches, len(results), captured.latents, timestep, conditions, sized,
+        module, captured.leaves, state, branches, len(results), captured.latents, timestep, conditions, sized, list(ahead),
         dynamic_batch=isinstance(batch, torch.SymInt),
     )  # fmt: skip
+
+
+def _forecast_spec(node: Any, batch: int | torch.SymInt, sizes: Collection[sympy.Symbol]) -> StateSpec | None:
+    """The state for an output's forecast; None for outputs that are no floating-point values for each sample."""
+    value = node.meta["val"] if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return None
+    try:
+        return replace(cache_spec("", node, batch, sizes), dtype=torch.float32)
+    except LocateError:
+        return None
 
 
 class _Root(nn.Module):

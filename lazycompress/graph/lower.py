@@ -37,8 +37,6 @@ def lower(flat: LazyGraph) -> LazyGraph:
     number = {node: i for i, node in enumerate(nodes)}
     entries: dict[int, dict[int, fx.Node]] = {}
     selects: dict[int, list[fx.Node]] = {}
-    #: Of each branch, stream by stream.
-    holds: dict[int, list[fx.Node]] = {}
     branch_of_lazy: dict[fx.Node, int] = {}
     for node in nodes:
         if node.target is _ops.enter.default or node.target is _ops.enter:
@@ -49,10 +47,6 @@ def lower(flat: LazyGraph) -> LazyGraph:
     for node in nodes:
         if node.target in (_ops.select, _ops.select.default):
             selects.setdefault(branch_of_lazy[node.args[2]], []).append(node)
-        if node.target in (_ops.hold, _ops.hold.default):
-            holds.setdefault(branch_of_lazy[node.args[3]], []).append(node)
-    #: Part of a lowered branch.
-    absorbed = {node for node in nodes if node.target in (_ops.forecast, _ops.forecast.default)}
 
     constant = _constants(nodes)
     owner: dict[fx.Node, int] = {}
@@ -65,20 +59,11 @@ def lower(flat: LazyGraph) -> LazyGraph:
     graph = fx.Graph()
     root = nn.Module()
     mapped: dict[fx.Node, fx.Node] = {}
-    scale_of = {spec.name: spec.scale for spec in flat.state}
-    caches_of = {
-        i: [old.all_input_nodes[0] if old in absorbed else old for old in (s.all_input_nodes[1] for s in chosen)]
-        for i, chosen in selects.items()
-    }
-    parts = {
-        i: _extract(
-            flat, i, _mark_of(decides[i]), chosen, owner, constant, [scale_of[str(c.target)] for c in caches_of[i]]
-        )
-        for i, chosen in selects.items()
-    }
+    caches_of = {i: [node.all_input_nodes[1] for node in chosen] for i, chosen in selects.items()}
+    parts = {i: _extract(flat, i, _mark_of(decides[i]), chosen, owner, constant) for i, chosen in selects.items()}
     lazy_of: dict[fx.Node, fx.Node] = {}
 
-    waiting = [node for node in nodes if node not in owner and node not in absorbed and node.op != "output"]
+    waiting = [node for node in nodes if node not in owner and node.op != "output"]
     while waiting:
         left: list[fx.Node] = []
         for node in waiting:
@@ -86,12 +71,9 @@ def lower(flat: LazyGraph) -> LazyGraph:
                 i = branch_of_lazy[node]
                 branch, outside = parts[i]
                 caches = caches_of[i]
-                rates = [_rate_of(held) for held in holds.get(i, ())]
                 score, valid, threshold = node.all_input_nodes
-                # Without rates there is no pace to read: any tensor stands for it.
-                pace: Any = holds[i][0].args[4] if i in holds else valid
                 branch.scheduled = score.target in (_ops.scheduled, _ops.scheduled.default)
-                needed = [*outside, *caches, *rates, score, valid, threshold, pace]
+                needed = [*outside, *caches, score, valid, threshold]
                 if any(n not in mapped for n in needed):
                     left.append(node)
                     continue
@@ -104,8 +86,6 @@ def lower(flat: LazyGraph) -> LazyGraph:
                         mapped[threshold],
                         [mapped[c] for c in caches],
                         [mapped[o] for o in outside],
-                        [mapped[r] for r in rates],
-                        mapped[pace],
                     ),
                 )
                 results = graph.call_function(_getitem, (call, 0))
@@ -115,11 +95,6 @@ def lower(flat: LazyGraph) -> LazyGraph:
                     item = graph.call_function(_getitem, (results, position))
                     item.meta = dict(chosen_node.meta)
                     mapped[chosen_node] = item
-                if rates:
-                    kept = graph.call_function(_getitem, (call, 2))
-                    for position, held in enumerate(holds[i]):
-                        mapped[held] = graph.call_function(_getitem, (kept, position))
-                        mapped[held].meta = dict(selects[i][position // (len(rates) // len(caches))].meta)
             elif node in mapped:
                 continue
             elif any(used not in mapped for used in node.all_input_nodes):
@@ -153,14 +128,6 @@ def lazy_branches(lowered: LazyGraph) -> list[LazyBranch]:
 
 def _getitem(values: Any, index: int) -> Any:
     return values[index]
-
-
-def _rate_of(hold: fx.Node) -> fx.Node:
-    """The rate that a `hold` keeps."""
-    rates: Any = hold.args[2]
-    which: Any = hold.args[6]
-    rate: fx.Node = rates[which]
-    return rate
 
 
 def _mark_of(decide_node: fx.Node) -> int:
@@ -219,7 +186,6 @@ def _extract(
     chosen: list[fx.Node],
     owner: dict[fx.Node, int],
     constant: set[fx.Node],
-    scales: list[int],
 ) -> tuple[LazyBranch, list[fx.Node]]:
     """The branch's own graph, and the nodes outside that are its operands."""
     source = flat.graph_module
@@ -261,7 +227,7 @@ def _extract(
     core = fx.GraphModule(source, graph)
     outputs = [_rows(node, batch) for node in fresh]
     gather = batch is not None and all(o.rows >= 0 for o in operands) and all(r > 0 for r in outputs)
-    return LazyBranch(mark, core, operands, outputs, gather, scales, _shapes(fresh, outside)), outside
+    return LazyBranch(mark, core, operands, outputs, gather, _shapes(fresh, outside)), outside
 
 
 def _shapes(fresh: list[fx.Node], outside: list[fx.Node]) -> fx.GraphModule | None:

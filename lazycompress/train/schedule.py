@@ -40,7 +40,7 @@ class Planner:
         effects: from `linearise`, joined over batches.
         macs: of each branch, any unit.
         limits: where reuse is allowed.
-        order: of the polynomial through the last computations that reuse goes on along; 0 repeats the last one.
+        order: of the polynomial through the last computations, along which what is reused goes on; 0 repeats the last one.
         scale: errors well above this count logarithmically; None takes four times the median error of the offset, or
             counts all errors as they are where the offset is zero (around the dense trajectory).
     """

@@ -31,7 +31,7 @@ from .memory import check_memory
 from .runs import Progress, Runs, own_noise, progress_bar
 from .schedule import Bools, Limits, Planner
 from .trajectory import Effects, run
-from .whole import of_whole
+from .whole import exchanged, is_whole, of_whole, steps_of
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
         found = [search.find(budget) for budget in budgets]
         others = [search.start(budget)[0] for budget in search.beside(budgets)]
         schedules = [schedule for schedule, _, _ in found] + others
-        gates = _gates_of(lazy, search.times, schedules, search.order())
+        gates = _gates_of(lazy, search.times, schedules, search.order(schedules[0]))
     gates.longest.fill_(recipe.guards.max_reuse)
     lazy.set_gates(gates)
     _, errors, history = found[0]
@@ -184,16 +184,19 @@ class _Search:
         self.limits = _limits(effects, recipe, excluded, len(lazy.branches))
         self.branches = lazy.branches
         self.macs = [branch.macs for branch in lazy.branches]
-        self.reuse_order = int(lazy.gates.order)
-        self.planner = Planner(effects, self.macs, self.limits, self.reuse_order)
-        self.whole = of_whole(effects, self.limits, self.reuse_order)
+        self.forecast = int(lazy.gates.order)
+        self.planner = Planner(effects, self.macs, self.limits)
+        self.whole = of_whole(effects, self.limits, self.forecast)
         self.fullest, self.preferred = runs.group.same(self.planner.fill(0.0))
 
-    def order(self) -> list[tuple[int, int]]:
-        """All that may be reused (call, branch), the safest first."""
-        taken = set(self.preferred)
+    def order(self, schedule: Bools) -> list[tuple[int, int]]:
+        """All that may be reused (call, branch), the safest first: by whole steps if the schedule is made of them."""
+        preferred = self.preferred
+        if is_whole(schedule):
+            preferred = self.runs.group.same(steps_of(self.whole.fill(0.0)[1], self.limits))
+        taken = set(preferred)
         rest = [(int(t), int(b)) for t, b in np.argwhere(self.limits.allowed) if (int(t), int(b)) not in taken]
-        return [*self.preferred, *rest]
+        return [*preferred, *rest]
 
     def beside(self, budgets: list[Budget]) -> list[Budget]:
         """Budgets besides the recipe's that the guards and the kinds' shares leave in reach."""
@@ -223,8 +226,7 @@ class _Search:
         history = [float(errors.mean())]
         for _ in range(self.effort.rounds):
             around = self.runs.effects(schedule, self.noise, probes=PROBES)
-            local = Planner(around, self.macs, self.limits, self.reuse_order)
-            candidate = self.runs.group.same(budget.swap(local, schedule, SWAPS))
+            candidate = self.runs.group.same(self._better(budget, schedule, around))
             (candidate_errors,) = self.runs.errors([candidate], self.held_out)
             if _robust(candidate_errors, errors) < _robust(errors, errors):
                 schedule, errors = candidate, candidate_errors
@@ -232,11 +234,18 @@ class _Search:
             self.show(schedule, errors)
         return schedule, errors, history
 
+    def _better(self, budget: Budget, schedule: Bools, around: Effects) -> Bools:
+        """Exchanges that pay by the effects around a schedule."""
+        if self.forecast and is_whole(schedule):
+            whole = of_whole(around, self.limits, self.forecast)
+            return np.repeat(exchanged(whole, schedule[:, :1]), schedule.shape[1], axis=1)
+        return budget.swap(Planner(around, self.macs, self.limits), schedule, SWAPS)
+
     def start(self, budget: Budget) -> tuple[Bools, Tensor]:
         """The best of the schedules to start from, with its errors: decisions one by one, and whole steps.
 
-        Decisions one by one are planned as if branches that are reused together still reacted to each other, see
-        `train.whole`; where that matters, whole steps are better.
+        Where the guards keep some branch out, or kinds have budgets of their own, nothing is forecast, and decisions one by one
+        may be better; else whole steps are, see `train.whole`.
         """
         found = [budget.swap(self.planner, budget.fill(self.planner), rounds=100)]
         whole = budget.together(self.planner, self.whole)

@@ -6,8 +6,8 @@ for all steps and branches at once. Had branch b reused at step t what it comput
 
     u[t, b, t - s] = < g[t, b], F[s, b] - y[t, b] >
 
-to first order, with F the freshly computed outputs. Reuse along the line through the computations at s and r gives
-(1 + q) F[s] - q F[r] with q = (t - s) / (s - r) in time, so its effect is (1 + q) u[t, b, t - s] - q u[t, b, t - r]: the same
+to first order, with F the freshly computed outputs. A forecast is a weighted sum of computed outputs, (1 + q) F[s] - q F[r] with
+q = (t - s) / (s - r) in time if it is a line, so its effect is (1 + q) u[t, b, t - s] - q u[t, b, t - r]: the same
 table prices it. For a set of decisions the effects add up, signs included, and the
 mean over probes of the square of that sum is the mean squared error of the image (a Gauss-Newton model, with Hutchinson's
 estimate of the trace). So one run and a few backward passes price every decision and every pair of decisions, where trying
@@ -18,12 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..runtime import LazyModel
@@ -37,9 +35,8 @@ class Effects:
 
     Attributes:
         effects: [samples, probes, steps, branches, ages]; age 0 is the freshly computed output.
-        whole: the same for the model's output in place of a branch's, [samples, probes, steps, 1, ages]: what it does to reuse
-            all branches at once. Branches that are reused together do not react to each other, which their own effects,
-            measured while all others compute, do not see. Around the dense trajectory only; else it holds no step.
+        whole: the same for the model's output in place of a branch's, [samples, probes, steps, 1, ages]: what it does to
+            reuse all branches at once, and to forecast that output.
         offset: [samples, probes], the projected error of the schedule itself.
         error: [samples], its true mean squared error to the dense image.
         timesteps: of the steps, float32 [steps].
@@ -104,7 +101,10 @@ class _Tape:
         self.batch = 1
         self._call = -1
         self._context = 0
-        #: The last computed outputs, newest last, with their steps: two where reuse goes on along a line.
+        self._goes_on = False
+        #: Nothing is computed in this call: the model's output is forecast.
+        self._whole = False
+        #: The last computed outputs, newest last, with their steps: as many as a forecast needs.
         self._kept: dict[tuple[int, int], list[tuple[int, list[Tensor]]]] = {}
 
     @property
@@ -114,21 +114,37 @@ class _Tape:
     def __call__(
         self, branch: int, score: Tensor, valid: Tensor, fresh: list[Tensor], caches: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
-        may_reuse = bool(valid.all())
         if self._call != self.lazy.usage.calls:
-            self._begin(may_reuse, valid.shape[0])
+            self._begin(bool(valid.all()), valid.shape[0])
+        # The graph's own forecast stands back: it sees no call without computation.
+        computed = torch.zeros_like(valid)
+        if self._whole:
+            fresh = [value.detach() for value in fresh]
+            self._record(branch, fresh, fresh)
+            return fresh, computed
+        reuse = self._goes_on and self.schedule is not None and bool(self.schedule[self.steps - 1, branch])
+        return self._use(branch, fresh, reuse, order=0), computed
+
+    def outputs(self, values: list[Tensor]) -> list[Tensor]:
+        """The model's outputs, as those of one more branch that is reused where all are."""
+        return self._use(len(self.lazy.branches), values, self._whole, self.order)
+
+    def _use(self, branch: int, fresh: list[Tensor], reuse: bool, order: int) -> list[Tensor]:
+        """What is used for what was computed."""
         step, key = self.steps - 1, (self._context, branch)
-        reuse = self.schedule is not None and may_reuse and key in self._kept and bool(self.schedule[step, branch])
-        if not reuse:
+        if not (reuse and key in self._kept):
             # Before the first step nothing depends on a gradient: the output becomes the tape's leaf.
             leaves = [f if f.requires_grad or not self.record else f.detach().requires_grad_() for f in fresh]
-            before = self._kept[key][-self.order :] if self.order and may_reuse and key in self._kept else []
+            before = self._kept[key][-order:] if order and self._goes_on and key in self._kept else []
             self._kept[key] = [*before, (step, leaves)]
-        outputs = self._outputs(self._kept[key], step)
+        used = self._outputs(self._kept[key], step)
+        self._record(branch, fresh, used)
+        return used
+
+    def _record(self, branch: int, fresh: list[Tensor], used: list[Tensor]) -> None:
         if self.record:
-            self.fresh[step][self._context][branch] = [f.detach() for f in fresh]
-            self.used[step][self._context][branch] = outputs
-        return outputs, torch.full_like(valid, reuse)
+            self.fresh[-1][self._context][branch] = [f.detach() for f in fresh]
+            self.used[-1][self._context][branch] = used
 
     def _outputs(self, kept: list[tuple[int, list[Tensor]]], step: int) -> list[Tensor]:
         last, values = kept[-1]
@@ -152,14 +168,9 @@ class _Tape:
         self.fresh[-1][self._context] = {}
         self.used[-1][self._context] = {}
         self.may_reuse[-1] &= may_reuse
-
-    def outputs(self, model: Any, args: Any, output: Any) -> None:
-        """Forward hook of the model: its outputs are recorded like those of one more branch."""
-        values = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
-        values = [v for v in values if v.dim() > 1 and v.shape[0] % self.batch == 0]
-        number = len(self.lazy.branches)
-        self.fresh[-1][self._context][number] = [value.detach() for value in values]
-        self.used[-1][self._context][number] = values
+        self._goes_on = may_reuse
+        reused = self.schedule is not None and bool(self.schedule[self.steps - 1].all())
+        self._whole = self.order > 0 and may_reuse and reused
 
     def per_image(self, values: Tensor, images: int) -> Tensor:
         """Sums per image, [images, ...], of values per sample of a call, [batch, ...].
@@ -182,7 +193,8 @@ def sum_of(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 def run(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None) -> Tensor:
     """Final latents of one sampling run that follows a schedule, bool [steps, branches]; dense if it is None."""
     lazy.reset()
-    with torch.no_grad(), lazy.controlled(_Tape(lazy, schedule, record=False)):
+    tape = _Tape(lazy, schedule, record=False)
+    with torch.no_grad(), lazy.controlled(tape, tape.outputs):
         return sampler(lazy).detach()
 
 
@@ -222,13 +234,10 @@ def linearise(
         parameter.requires_grad_(False)
     lazy.reset()
     torch.manual_seed(seed)
-    hook = lazy.register_forward_hook(tape.outputs) if schedule is None else None
     try:
-        with torch.enable_grad(), lazy.controlled(tape):
+        with torch.enable_grad(), lazy.controlled(tape, tape.outputs):
             image = sampler(lazy)
     finally:
-        if hook is not None:
-            hook.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
     steps = tape.steps
@@ -244,7 +253,7 @@ def linearise(
         for b, of_branch in of_context.items()
         for s, used in enumerate(of_branch)
     ]
-    nodes = [used for *_, used in used_at]
+    nodes = [used for *_, used in used_at if used.requires_grad]
     streams = list(dict.fromkeys((context, b, s) for _, context, b, s, _ in used_at))
     samples = image.shape[0]
     flat = image.reshape(samples, -1)
@@ -258,13 +267,13 @@ def linearise(
         probe = signs / flat.shape[1] ** 0.5
         offset[:, k] = (difference * probe).sum(dim=1)
         gradients = torch.autograd.grad((flat * probe).sum(), nodes, retain_graph=k < probes - 1, allow_unused=True)
-        found = {at[:4]: gradient for at, gradient in zip(used_at, gradients, strict=True)}
+        found = dict(zip((at[:4] for at in used_at if at[4].requires_grad), gradients, strict=True))
         for context, b, s in streams:
             effects[:, k, :, b] += _effects_of(tape, found, (context, b, s), samples, ages)
     forwards = steps * (1.0 + 2 * probes + sampled)
     return Effects(
         effects[..., :branches, :],
-        effects[..., branches:, :] if schedule is None else effects[:, :, :0, branches:],
+        effects[..., branches:, :],
         offset,
         difference.square().mean(dim=1),
         torch.tensor(tape.timesteps),
@@ -291,7 +300,10 @@ def _effects_of(
         return torch.stack([v.detach().float().reshape(tape.batch, -1) for v in values], dim=1)
 
     g = rows(
-        [torch.zeros_like(u) if (d := gradients[(t, *stream)]) is None else d for t, u in zip(at, used, strict=True)]
+        [
+            torch.zeros_like(u) if (d := gradients.get((t, *stream))) is None else d
+            for t, u in zip(at, used, strict=True)
+        ]
     )
     y, f = rows(used), rows(fresh)
     own = (g * y).sum(dim=2)

@@ -1,8 +1,9 @@
 """Schedules that reuse all branches at the same steps, planned on what that does to the model's output.
 
 A branch's own effects are measured while all others compute, so they count what the later branches of the same call make of
-its error. Branches that are reused too make nothing of it: a sum of such effects says little about a call that is reused
-whole. The model's output in place of the branches is a unit of its own (`Effects.whole`) for which sums are good again.
+its error. Branches that are reused too make nothing of it, and where all are, the model's output is forecast: a sum of such
+effects says nothing about a call that is reused whole. The model's output in place of the branches is a unit of its own
+(`Effects.whole`) for which sums are good again.
 """
 
 from __future__ import annotations
@@ -25,10 +26,25 @@ BEST = 12
 ROUNDS = 100
 
 
+def is_whole(schedule: Bools) -> bool:
+    """Whether all branches are reused, or none, at each step of a schedule [steps, branches]."""
+    return bool((schedule.all(axis=1) == schedule.any(axis=1)).all())
+
+
 def of_whole(effects: Effects, limits: Limits, order: int) -> Planner:
-    """A planner with one column, the whole model; it may reuse where any branch may."""
+    """A planner with one column, the whole model; it may reuse where any branch may.
+
+    Args:
+        order: of the forecast; there is none where some branch may not be reused.
+    """
     allowed: Bools = np.asarray(limits.allowed.any(axis=1, keepdims=True))
+    order = order if is_whole(limits.allowed) else 0
     return Planner(replace(effects, effects=effects.whole), [1], replace(limits, allowed=allowed), order)
+
+
+def steps_of(order: list[tuple[int, int]], limits: Limits) -> list[tuple[int, int]]:
+    """Decisions (step, branch) of all branches, in the order of steps that a planner of the whole model took."""
+    return [(step, int(branch)) for step, _ in order for branch in np.flatnonzero(limits.allowed[step])]
 
 
 def together(planner: Planner, whole: Planner, target: float) -> Bools | None:
@@ -51,14 +67,14 @@ def together(planner: Planner, whole: Planner, target: float) -> Bools | None:
         single, _ = whole.fill(1 - count / steps)
         if whole.macs_ratio(single) > 1 - count / steps + 1e-6:
             return None
-        schedule: Bools = _exchanged(whole, single) & allowed
+        schedule: Bools = exchanged(whole, single) & allowed
         if planner.macs_ratio(schedule) <= target + 1e-9:
             return schedule
     return None
 
 
-def _exchanged(whole: Planner, schedule: Bools) -> Bools:
-    """Exchanges a computed step for a reused one while that lowers the predicted error."""
+def exchanged(whole: Planner, schedule: Bools) -> Bools:
+    """Exchanges a computed step for a reused one while that lowers the predicted error; [steps, 1]."""
     decisions = schedule[:, 0].copy()
     allowed = whole.limits.allowed[:, 0]
     error = float(whole.error(whole.offset + whole.column(0, decisions)))
