@@ -369,6 +369,11 @@ class Gates(nn.Module):
         )
 
     @property
+    def together(self) -> bool:
+        """Whether all branches always decide alike, and outputs are forecast where they reuse."""
+        return int(self.static) > 0 and int(self.order) > 0 and bool((self.bias == self.bias[:1]).all())
+
+    @property
     def never(self) -> float:
         """The past timestep of a sample that has none: no timestep is past it."""
         return -NEVER * float(self.direction)

@@ -19,6 +19,7 @@ from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
 from .graph.locate import Branch, locate_branches
 from .graph.lower import Controller, lazy_branches, lower
+from .graph.lower_whole import lower_whole
 from .graph.ops import macs_of
 from .recipe import Recipe
 from .report import Summary, Usage
@@ -33,12 +34,39 @@ _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
 
 
 class _Program:
-    """One capture, ready to run: shares weights and gates with every other capture of the same model."""
+    """One capture, ready to run: shares weights and gates with every other capture of the same model.
 
-    def __init__(self, captured: Capture, flat: LazyGraph, lowered: LazyGraph) -> None:
+    Attributes:
+        flat: the reference.
+        lowered: with a branch for each of the flat graph's.
+    """
+
+    def __init__(self, captured: Capture, flat: LazyGraph) -> None:
         self.captured = captured
         self.flat = flat
-        self.lowered = lowered
+        self.lowered = lower(flat)
+        self._whole: list[LazyGraph | None] = []
+
+    @property
+    def whole(self) -> LazyGraph | None:
+        """With the whole network as one branch, for gates that decide all alike; None if the model does not take it."""
+        if not self._whole:
+            self._whole = [lower_whole(self.flat)]
+        return self._whole[0]
+
+    def runs(self, gates: Gates) -> LazyGraph:
+        """The lowered graph that runs with these gates."""
+        return (self.whole if gates.together else None) or self.lowered
+
+    def forget(self) -> None:
+        """Weights have moved: make again what holds them in places of its own."""
+        self._whole.clear()
+
+    def swap_gates(self, gates: Gates) -> None:
+        """Read other gates of the same form."""
+        for graph in (self.flat, self.lowered, *self._whole):
+            if graph is not None:
+                graph.graph_module.lazy_gates = gates
 
 
 class LazyModel(nn.Module):
@@ -72,6 +100,8 @@ class LazyModel(nn.Module):
         self.reports: list[Any] = []
         self._programs: dict[CallKey, list[_Program]] = {}
         self._controller: Controller | None = None
+        #: Run each branch by itself even where gates decide all alike: caches are kept then.
+        self.branch_by_branch = False
         self._outputs: Callable[[list[Tensor]], list[Tensor]] | None = None
         #: What was done to the branches since they were captured: "quantize", "weights".
         self.stages: list[str] = []
@@ -179,6 +209,9 @@ class LazyModel(nn.Module):
         self._move_example(before)
         if self.dtype != before:
             self._programs.clear()  # they hold buffers and constants of the old dtype
+        for programs in self._programs.values():
+            for program in programs:
+                program.forget()
         self._states.clear()
         return self
 
@@ -201,11 +234,13 @@ class LazyModel(nn.Module):
         threshold = torch.tensor(
             _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
         )
-        lowered, latents = program.lowered, call.tensors[call.latents]
+        by_branch = self._controller is not None or self.branch_by_branch
+        lowered = program.lowered if by_branch else program.runs(self.gates)
+        latents = call.tensors[call.latents]
         timesteps = timestep_per_sample(call.tensors[lowered.timestep], latents)
         self._timesteps = timesteps
         state = self._states.find(
-            (call.shapes, id(program)),
+            (call.shapes, id(lowered)),
             timesteps,
             fingerprint(
                 [call.tensors[i] for i in lowered.conditions],
@@ -254,7 +289,7 @@ class LazyModel(nn.Module):
         precision.
         """
         program = self.program(self.example)
-        self._programs = {self.example.key: [_Program(program.captured, flat, lower(flat))]}
+        self._programs = {self.example.key: [_Program(program.captured, flat)]}
         self.stages = [*self.stages, stage]
         self.reset()
 
@@ -262,7 +297,7 @@ class LazyModel(nn.Module):
     def instead(self, flat: LazyGraph) -> Iterator[None]:
         """Within the block the example's calls run `flat`, a variant of their own flat graph with the same gates."""
         kept, program = self._programs, self.program(self.example)
-        self._programs = {self.example.key: [_Program(program.captured, flat, lower(flat))]}
+        self._programs = {self.example.key: [_Program(program.captured, flat)]}
         self.reset()
         try:
             yield
@@ -279,8 +314,7 @@ class LazyModel(nn.Module):
         self.gates = gates
         for programs in self._programs.values():
             for program in programs:
-                program.flat.graph_module.lazy_gates = gates
-                program.lowered.graph_module.lazy_gates = gates
+                program.swap_gates(gates)
         self.reset()
 
     def set_gates(self, gates: Gates) -> None:
@@ -297,7 +331,7 @@ class LazyModel(nn.Module):
             for k, program in enumerate(programs):
                 flat = program.flat
                 flat = insert_gates(program.captured, flat.branches, gates, flat.timestep, flat.conditions)
-                programs[k] = _Program(program.captured, flat, lower(flat))
+                programs[k] = _Program(program.captured, flat)
         self.reset()
 
     def _build(self, captured: Capture, call: Call) -> _Program:
@@ -311,7 +345,7 @@ class LazyModel(nn.Module):
         timestep = find_timestep(call.leaves, call.tensors, self.timestep_input)
         conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
-        program = _Program(captured, flat, lower(flat))
+        program = _Program(captured, flat)
         for branch in lazy_branches(program.lowered):
             branch.controller = self._controller
         return program

@@ -101,7 +101,9 @@ def test_valid_is_false_for_a_state_of_another_batch_size() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.booleans(), min_size=2, max_size=2)), min_size=1, max_size=12))
-def test_elapsed_counts_from_the_last_computation_of_each_branch_and_the_last_two_of_any(calls: list[tuple[bool, list[bool]]]) -> None:
+def test_elapsed_counts_from_the_last_computation_of_each_branch_and_the_last_two_of_any(
+    calls: list[tuple[bool, list[bool]]],
+) -> None:
     direction, never = torch.tensor(1.0), -gate.NEVER
     past = torch.full((1, 6), never)
     began = 0.0

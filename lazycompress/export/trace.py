@@ -105,7 +105,7 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         ExportError: `torch.export` does not take the lowered graph.
     """
     program = lazy.program(lazy.example)
-    lowered = program.lowered
+    lowered = program.runs(lazy.gates)
     call = lazy.example
     examples = [
         torch.cat([t, t]) if leaf.batched and call.batch == 1 else t

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -39,7 +39,7 @@ _TIMESTEP = re.compile(
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor that a call leaves for the next: name, sizes, dtype.
+    """One tensor that a call leaves for the next: name, sizes, dtype, and what it belongs to.
 
     Of its sizes -1 is the batch, or `scale` times it, and -2 one that changes with the sizes of the inputs; `example` holds
     what they were at capture.
@@ -51,6 +51,7 @@ class StateSpec:
     fill: float = 0.0
     scale: int = 1
     example: tuple[int, ...] = ()
+    kind: Literal["clock", "cache", "forecast"] = "cache"
 
     @property
     def fixed(self) -> StateSpec:
@@ -139,9 +140,9 @@ def insert_gates(
     batch = placeholders[captured.latents].meta["val"].shape[0]
     sized = captured.sizes.places
     state = [
-        StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never),
-        StateSpec("past_prints", (-1, max(1, 2 * len(conditions) + len(sized))), torch.float32),
-        StateSpec("past_times", (-1, 4 + len(branches)), torch.float32, fill=gates.never),
+        StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never, kind="clock"),
+        StateSpec("past_prints", (-1, max(1, 2 * len(conditions) + len(sized))), torch.float32, kind="clock"),
+        StateSpec("past_times", (-1, 4 + len(branches)), torch.float32, fill=gates.never, kind="clock"),
     ]
     clock = len(state)
     for i, branch in enumerate(branches):
@@ -314,7 +315,7 @@ def _forecast_spec(node: Any, batch: int | torch.SymInt, sizes: Collection[sympy
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
         return None
     try:
-        return replace(cache_spec("", node, batch, sizes), dtype=torch.float32)
+        return replace(cache_spec("", node, batch, sizes), dtype=torch.float32, kind="forecast")
     except LocateError:
         return None
 
