@@ -1,11 +1,12 @@
-"""Keeps gates and clock in float32 whatever precision an OpenVINO plugin computes in.
+"""Keeps gates, clock and forecasts in float32 whatever precision an OpenVINO plugin computes in.
 
 With bfloat16 a timestep stops counting (199 reads as 200) and a score near the threshold flips. The runtime attribute
 `precise` exempts a node; it cannot be set from Python, so it goes into the saved XML.
 
 What is marked, walking up from every branch's condition and from the states that are not caches: all of it, up to and with
-the mean over tokens where a gate reads its stream. The stream itself keeps the plugin's precision. And what leads to a sine or
-cosine, in the branches too: the embedding of a rounded timestep is that of another one.
+the mean over tokens where a gate reads its stream. The stream itself keeps the plugin's precision. What leads to a sine or
+cosine, in the branches too: the embedding of a rounded timestep is that of another one. And what forecasts are made of, down from
+their states: a value that moves on call by call would lose its digits.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ _PERIODIC = {"Sin", "Cos"}
 _NO_VALUES = {"Const", "ShapeOf", "Result"}
 
 
-def keep_exact(path: Path, exact_states: set[str]) -> int:
+def keep_exact(path: Path, clock: set[str], forecasts: set[str]) -> int:
     """Mark the nodes in the XML at `path`; returns how many.
 
     Args:
         path: a saved model with one `If` per branch.
-        exact_states: names of the inputs and variables of the clock; caches are not among them.
+        clock: names of the inputs, outputs and variables of the clock.
+        forecasts: the same of forecasts; caches are in neither.
     """
     tree = ET.parse(path)
     graphs = [element for element in tree.iter() if element.find("layers") is not None]
-    marked = sum(_mark(graph, exact_states if graph is tree.getroot() else None) for graph in graphs)
+    marked = sum(_mark(graph, *((clock, forecasts) if graph is tree.getroot() else (None, set()))) for graph in graphs)
     tree.write(path, encoding="utf-8", xml_declaration=True)
     return marked
 
 
-def _mark(graph: ET.Element, exact_states: set[str] | None) -> int:
+def _mark(graph: ET.Element, clock: set[str] | None, forecasts: set[str]) -> int:
     """Mark one graph; a branch's body has no states (None)."""
     layers = {layer.get("id", ""): layer for layer in graph.iterfind("layers/layer")}
     sources: dict[str, list[tuple[int, str]]] = {}
@@ -44,14 +46,14 @@ def _mark(graph: ET.Element, exact_states: set[str] | None) -> int:
         )
     order = {key: [source for _, source in sorted(found)] for key, found in sources.items()}
     roots = [key for key, layer in layers.items() if layer.get("type") in _PERIODIC]
-    if exact_states is not None:
+    ahead: set[str] = set()
+    if clock is not None:
         roots += [order[key][0] for key, layer in layers.items() if layer.get("type") == "If"]
-        for key, layer in layers.items():
-            data = layer.find("data")
-            variable = data.get("variable_id") if data is not None else None
-            if variable in exact_states or (layer.get("type") == "Result" and layer.get("name") in exact_states):
-                roots.append(key)
-    marked: set[str] = set()
+        roots += [key for key, layer in layers.items() if _state(layer) in clock]
+        ahead = _down(layers, order, forecasts)
+        timed = _down(layers, order, clock)
+        roots += [source for key in ahead for source in order.get(key, []) if source in timed]
+    marked = {key for key in ahead if layers[key].get("type") not in _NO_VALUES}
     waiting = [(root, False) for root in roots]
     while waiting:
         key, pooled = waiting.pop()
@@ -71,3 +73,27 @@ def _mark(graph: ET.Element, exact_states: set[str] | None) -> int:
             layer.insert(0 if data is None else 1, info)
         ET.SubElement(info, "attribute", {"name": "precise", "version": "0"})
     return len(marked)
+
+
+def _state(layer: ET.Element) -> str | None:
+    """The state that a node reads or writes: a variable, an input or an output."""
+    data = layer.find("data")
+    variable = data.get("variable_id") if data is not None else None
+    return variable or (layer.get("name") if layer.get("type") in ("Parameter", "Result") else None)
+
+
+def _down(layers: dict[str, ET.Element], order: dict[str, list[str]], states: set[str]) -> set[str]:
+    """All that is computed from states, as far as branches."""
+    readers: dict[str, list[str]] = {}
+    for key, sources in order.items():
+        for source in sources:
+            readers.setdefault(source, []).append(key)
+    found: set[str] = set()
+    waiting = [key for key, layer in layers.items() if _state(layer) in states and layer.get("type") != "Assign"]
+    while waiting:
+        key = waiting.pop()
+        if key in found or layers[key].get("type") in _STREAM:
+            continue
+        found.add(key)
+        waiting += readers.get(key, [])
+    return found

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.export.decomp_utils import CustomDecompTable
 
 from ..errors import ExportError, MissingExtraError
-from ..graph.insert import StateSpec
+from ..graph.insert import FORECAST, StateSpec
 from .exact import keep_exact
 from .portable import slice_scatter
 from .trace import DECISIONS, TracedModel, Weights, is_weight
@@ -41,6 +41,7 @@ MODEL_FILE = "openvino_model.xml"
 _LEAST = 32
 
 #: The states that are not caches, as variables and as outputs.
+_FORECASTS = tuple(f"{time}_{word}_" for time in ("past", "present") for word in FORECAST)
 _CLOCK = {"past_timestep", "past_prints", "past_times", "present_timestep", "present_prints", "present_times"}
 
 
@@ -110,10 +111,17 @@ def write(model: ov.Model, directory: Path) -> Path:
     path = directory / MODEL_FILE
     try:
         ov.save_model(model, path, compress_to_fp16=False)
-        keep_exact(path, _CLOCK)
+        keep_exact(path, _CLOCK, _forecast_states(model))
     except (RuntimeError, OSError) as error:
         raise ExportError(f"OpenVINO does not save the model: {' '.join(str(error).split())[-300:]}") from error
     return path
+
+
+def _forecast_states(model: ov.Model) -> set[str]:
+    """Names of the variables, inputs and outputs that belong to forecasts."""
+    variables = [sink.get_variable_id() for sink in model.get_sinks()]
+    ports = [node.get_friendly_name() for node in (*model.get_parameters(), *model.get_results())]
+    return {name for name in (*variables, *ports) if name.startswith(_FORECASTS)}
 
 
 def _store_as(model: ov.Model, weights: Weights) -> None:
