@@ -28,10 +28,12 @@ def small_dit() -> nn.Module:
         return randomise(model)
 
 
-def small_inputs(batch: int, timestep: int, seed: int = 0, label: int = 0) -> dict[str, Tensor]:
-    """One call of `small_dit`."""
+def small_inputs(batch: int, timestep: int, seed: int = 0, label: int = 0, last: int = 0) -> dict[str, Tensor]:
+    """One call of `small_dit`; `last` is added to the last sample's label."""
     noise = torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    labels = (torch.arange(batch) + label) % 10
+    labels = torch.arange(batch) + label
+    labels[-1] += last
+    labels = labels % 10
     return {"hidden_states": noise, "timestep": torch.full((batch,), timestep), "class_labels": labels}
 
 
@@ -51,6 +53,19 @@ def lively(times: Tensor, spread: float = 0.3, order: int = 1) -> Callable[[list
             gates.bias.copy_(torch.randn(gates.bias.shape, generator=generator) * 3)
             for weight in gates.weights:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
+        return gates
+
+    return make
+
+
+def alike(times: Tensor, order: int = 2) -> Callable[[list[Branch]], Gates]:
+    """Static gates that decide all branches alike, as training makes them; about half of the steps reuse."""
+
+    def make(branches: list[Branch]) -> Gates:
+        gates = lively(times, 0.0, order)(branches)
+        with torch.no_grad():
+            row = torch.where(gates.bias[0] > 0, 2.0, -2.0)
+            gates.bias.copy_(row.expand_as(gates.bias))
         return gates
 
     return make

@@ -22,16 +22,16 @@ from lazycompress import LazyCompressError
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.export.trace import Granularity
-from lazycompress.runtime import LazyModel
+from lazycompress.runtime import LazyModel, wrap
 
-from .export_models import Reference, small_inputs, small_lazy
+from .export_models import Reference, alike, small_dit, small_inputs, small_lazy
 
 TIMES = list(range(980, -1, -20))
 
 #: What may happen next: kind, and numbers to choose with.
 events = st.lists(
     st.tuples(
-        st.sampled_from(["next", "next", "next", "repeat", "image", "prompt", "batch", "reset", "request"]),
+        st.sampled_from(["next", "next", "next", "repeat", "image", "prompt", "one", "batch", "reset", "request"]),
         st.integers(0, 7),
     ),
     min_size=3,
@@ -131,7 +131,7 @@ def play(
     form = "flat" if decide == "sample" else "lowered"
     pairs = [(file, Reference(lazy, form, decide))]
     request, reference = pairs[0]
-    batch, step, label, seed = 2, 0, 0, 0
+    batch, step, label, seed, last = 2, 0, 0, 0, 0
     for kind, number in [("next", 0), *sequence]:
         if kind == "next":
             step = min(step + 1 + number // 6, len(TIMES) - 1)
@@ -140,6 +140,8 @@ def play(
             step, seed = 0, seed + 10
         elif kind == "prompt":  # a run is left and another one begins, half-way
             label, step = label + 1 + number % 3, min(step + 1 + number, len(TIMES) - 1)
+        elif kind == "one":  # the last sample begins another image, the others go on
+            last, step = last + 1, min(step + 1, len(TIMES) - 1)
         elif kind == "batch":
             batch, step = 1 + number % 4, min(step + 1, len(TIMES) - 1)
         elif kind == "reset":
@@ -149,7 +151,7 @@ def play(
             if len(pairs) < 2:
                 pairs.append((file.twin(), Reference(lazy, form, decide)))
             request, reference = pairs[number % len(pairs)]
-        inputs = small_inputs(batch, TIMES[step], seed % 3, label)
+        inputs = small_inputs(batch, TIMES[step], seed % 3, label, last)
         expected, decisions = reference(**inputs)
         sample, taken = request(inputs)
         assert torch.equal(taken, decisions if taken.dim() == 2 else decisions.sum(dim=1)), (kind, number)
@@ -182,6 +184,63 @@ def onnx_runner(lazy: LazyModel, export: Callable[..., Path]) -> OnnxRunner:
 @given(events)
 def test_any_sequence_of_calls_equals_torch_in_onnx(lazy: LazyModel, onnx_runner: OnnxRunner, sequence: Any) -> None:
     play(Runner(onnx_runner.twin()), lazy, sequence, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def together() -> LazyModel:
+    """Gates that decide all branches alike: the file has one branch, and no caches."""
+    return wrap(small_dit(), (), small_inputs(2, 980), alike(torch.tensor(TIMES).float()))
+
+
+@pytest.fixture(scope="module", params=["openvino", "openvino bf16", "openvino explicit", "onnx"])
+def together_file(
+    request: pytest.FixtureRequest, together: LazyModel, export: Callable[..., Path]
+) -> tuple[Callable[[], File], float]:
+    """Makes a new state of a file; and how far its outputs may be off."""
+    form, *how = request.param.split()
+    folder = export(together, format=form, stateful="explicit" not in how)
+    if form == "openvino" and "explicit" not in how:
+        compiled = compile_model(folder, "bf16" if how else "f32")
+        return lambda: PlainOpenVINO(compiled), 6e-2 if how else 1e-4
+    runner = OpenVINORunner(folder) if form == "openvino" else OnnxRunner(folder)
+    return lambda: Runner(runner.twin()), 1e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(events)
+def test_any_sequence_of_calls_equals_torch_where_all_branches_decide_alike(
+    together: LazyModel, together_file: tuple[Callable[[], File], float], sequence: Any
+) -> None:
+    play(together_file[0](), together, sequence, together_file[1])
+
+
+def test_where_all_branches_decide_alike_there_is_one_branch_and_no_cache(
+    together: LazyModel, export: Callable[..., Path]
+) -> None:
+    assert together.gates.together
+    model = ov.Core().read_model(export(together) / "openvino_model.xml")
+    outer = Counter(node.get_type_name() for node in model.get_ordered_ops())
+    assert outer["If"] == 1
+    assert outer["MatMul"] + outer["ScaledDotProductAttention"] < 3, "the network is in the branch"
+    states = {sink.get_variable_id() for sink in model.get_sinks()}
+    clock = {"past_timestep", "past_prints", "past_times"}
+    assert states == clock | {"past_output_0", "past_slope_0", "past_curve_0"}
+
+
+def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel) -> None:
+    outputs = []
+    for by_branch in (False, True):
+        together.branch_by_branch = by_branch
+        together.reset()
+        calls = [small_inputs(3, time, number, last=number // 7) for number, time in enumerate(TIMES)]
+        with torch.no_grad():
+            outputs.append(torch.stack([together(**call).sample for call in calls]))
+        usage = together.usage.heatmap()
+        outputs.append(usage[1])
+    together.branch_by_branch = False
+    torch.testing.assert_close(outputs[0], outputs[2], rtol=0, atol=1e-5)
+    assert torch.equal(outputs[1], outputs[3])
+    assert 0.2 < float(outputs[1].mean()) < 0.8
 
 
 @pytest.fixture(scope="module")

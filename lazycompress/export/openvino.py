@@ -24,7 +24,7 @@ from torch.export.decomp_utils import CustomDecompTable
 from ..errors import ExportError, MissingExtraError
 from ..graph.insert import FORECAST, StateSpec
 from .exact import keep_exact
-from .portable import slice_scatter
+from .portable import add_sizes, slice_scatter
 from .trace import DECISIONS, TracedModel, Weights, is_weight
 
 try:
@@ -184,7 +184,7 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
             table.pop(operation)
     table[torch.ops.aten.slice_scatter.default] = slice_scatter
     module: fx.GraphModule = program.run_decompositions(table).module()
-    return module
+    return add_sizes(module)
 
 
 def _name(model: ov.Model, traced: TracedModel) -> None:

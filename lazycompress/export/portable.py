@@ -5,10 +5,12 @@ Each rule holds in the program's own graph and in the bodies of its branches:
 1. Memory without values (`empty`) is filled with zeros: models write over all of it, converters have no such operation.
 2. A squeeze of a size that is not 1 does nothing in torch, is an error in ONNX, and becomes an alias.
 3. An operand of a body that stands in a list (as in `cat`) passes through a copy: OpenVINO reads another value there.
+4. A sum of several sizes is added up two by two.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ def make_portable(program: ExportedProgram) -> int:
     bodies = [m for name, m in program.graph_module.named_modules() if name and isinstance(m, fx.GraphModule)]
     changed = 0
     for module in [program.graph_module, *bodies]:
-        here = _fill(module) + _alias(module)
+        here = _fill(module) + _alias(module) + _add_sizes(module)
         if module is not program.graph_module:
             here += _copy_in_lists(module)
         if here:
@@ -37,6 +39,14 @@ def make_portable(program: ExportedProgram) -> int:
             module.recompile()
         changed += here
     return changed
+
+
+def add_sizes(module: fx.GraphModule) -> fx.GraphModule:
+    """Rule 4, in a program that was traced again, and in the bodies of its branches."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule) and _add_sizes(part):
+            part.recompile()
+    return module
 
 
 def slice_scatter(
@@ -84,6 +94,20 @@ def _alias(module: fx.GraphModule) -> int:
             node.target, node.args = _aten.alias.default, (node.args[0],)
             changed += 1
     return changed
+
+
+def _add_sizes(module: fx.GraphModule) -> int:
+    """Rule 4."""
+    found = module.graph.find_nodes(op="call_function", target=torch.sym_sum)
+    for node in found:
+        first, *rest = node.args[0]
+        with module.graph.inserting_before(node):
+            for size in rest:
+                first = module.graph.call_function(operator.add, (first, size))
+        first.meta = dict(node.meta)
+        node.replace_all_uses_with(first)
+        module.graph.erase_node(node)
+    return len(found)
 
 
 def _copy_in_lists(module: fx.GraphModule) -> int:

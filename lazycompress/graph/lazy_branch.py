@@ -114,13 +114,14 @@ class LazyBranch(nn.Module):
 
     def _as_cond(self, lazy: Tensor, caches: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
         weights = dict(self.core.named_parameters()) | dict(self.core.named_buffers())
-        names, values = list(weights), list(weights.values())
+        slots, values = _apart(weights)
         ends = [len(caches), len(caches) + len(operands)]
         cond = torch.ops.higher_order.cond
 
         def apart(rest: Sequence[Tensor]) -> tuple[LazyBranch, Any, Any]:
             """The branch with the weights that came as operands, and caches, operands."""
-            twin: Any = _Swapped(self, dict(zip(names, rest[ends[1] :], strict=True)))
+            own = rest[ends[1] :]
+            twin: Any = _Swapped(self, {name: own[slot] for name, slot in slots.items()})
             return twin, rest[: ends[0]], rest[ends[0] : ends[1]]
 
         # Bodies must agree on the layout of what they give, hence `contiguous` in each; with dynamic sizes they cannot
@@ -181,6 +182,20 @@ class _Swapped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.branch, name)
+
+
+def _apart(weights: dict[str, Tensor]) -> tuple[dict[str, int], list[Tensor]]:
+    """Each weight's number among those that are different tensors: operands of `torch.cond` may not share memory."""
+    slots: dict[str, int] = {}
+    numbers: dict[Any, int] = {}
+    values: list[Tensor] = []
+    for name, value in weights.items():
+        same = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride())
+        if same not in numbers:
+            numbers[same] = len(values)
+            values.append(value)
+        slots[name] = numbers[same]
+    return slots, values
 
 
 def computing(lazy: Tensor) -> Tensor:
