@@ -196,7 +196,8 @@ class Recipe(_Section):
         2,
         ge=0,
         le=2,
-        description="reuse goes on along the parabola (2) or the line (1) through the last computed outputs; 0 repeats the last",
+        description="a step that reuses all branches gives the parabola (2) or the line (1) through the model's last computed "
+        "outputs; 0: what the caches give",
     )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
     guards: Guards = Field(Guards(), description="where reuse is forbidden")

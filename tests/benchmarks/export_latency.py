@@ -3,16 +3,21 @@
 `python -m tests.benchmarks.export_latency [--shape B/2] [--format openvino onnx] [--precision f32] [--batch 2 8] [--forecast 2]`
 `make bench-export` runs all shapes, formats, precisions and batches.
 
-Shapes are those of DiT-S/2, DiT-B/2 and DiT-XL/2 at 256 pixels, with random weights; they cost the same. Gates have the form that
-training gives them: static, with a forecast. Everything of a shape is measured in one run, in turn, and the smallest of several
-timings counts. "half lazy" is a batch of which one half of the samples goes on with its image and reuses everything, while the
-other half begins another image and computes everything.
+Shapes are those of DiT-S/2, DiT-B/2 and DiT-XL/2 at 256 pixels, with random weights; they cost the same. Gates are static, as
+training makes them. Everything of a shape is measured in one run, in turn, and the smallest of several timings counts.
+
+"nothing", "all" and "half of the steps" reused are of gates that decide all branches alike, as training leaves them; half of the
+steps is the mean of two calls, one that computes and one that does not. "half lazy" is a batch of which one half of the samples
+goes on with its image and reuses everything, while the other half begins another image and computes everything. "half of the
+blocks" reuses every second block in each call, and with `--by-branch` nothing, all and half lazy are measured once more for files
+with a branch for each gate. Peak memory is that of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,7 +40,7 @@ from lazycompress.runtime import LazyModel, wrap
 SHAPES = {"S/2": (12, 6, 64), "B/2": (12, 12, 64), "XL/2": (28, 16, 72)}
 
 #: Timings of each step, the first ones left out; fewer where a step is slow.
-REPEATS, FIRST, SECONDS = 6, 2, 60.0
+REPEATS, FIRST, SECONDS = 10, 2, 60.0
 
 Step = Callable[[int, int], object]
 
@@ -65,12 +70,14 @@ def make(model: nn.Module, forecast: int) -> LazyModel:
     return lazy
 
 
-def force(lazy: LazyModel, share: float) -> None:
-    """Let a share of the blocks reuse always, the others never."""
+def force(lazy: LazyModel, share: float, by_branch: bool = False) -> None:
+    """Let a share of the blocks reuse always, the others never; `by_branch` with gates that do not all agree."""
     with torch.no_grad():
         for i in range(len(lazy.branches)):
             block = i // 2
             lazy.gates.bias[i] = 10.0 if int((block + 1) * share) > int(block * share) else -10.0
+        if by_branch and lazy.gates.together:
+            lazy.gates.bias[0] += 1.0
 
 
 def mixed_inputs(batch: int, timestep: int) -> dict[str, torch.Tensor]:
@@ -111,6 +118,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=["f32"], choices=["f32", "bf16"])
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--forecast", type=int, default=2, help="order of the forecast")
+    parser.add_argument("--by-branch", action="store_true", help="files with a branch for each gate, too")
     options = parser.parse_args()
     for shape in options.shape:
         model = build(*SHAPES[shape])
@@ -122,31 +130,45 @@ def main() -> None:
                 if format == "onnx" and precision != "f32":
                     continue  # ONNX Runtime computes in float32 on CPUs
                 with tempfile.TemporaryDirectory() as name:
-                    compare(model, lazy, shape, format, precision, options.batch, Path(name))
+                    compare(model, lazy, shape, format, precision, options.batch, Path(name), options.by_branch)
                 gc.collect()
 
 
 def compare(
-    model: nn.Module, lazy: LazyModel, shape: str, format: str, precision: str, batches: list[int], folder: Path
+    model: nn.Module,
+    lazy: LazyModel,
+    shape: str,
+    format: str,
+    precision: str,
+    batches: list[int],
+    folder: Path,
+    by_branch: bool,
 ) -> None:
-    """One file format and precision: dense, and three lazy files that differ in what they reuse."""
+    """One file format and precision: dense, and lazy files that differ in what they reuse."""
     steps: dict[str, Step] = {"dense": dense_step(model, format, folder, precision)}
     if precision == "f32":
         steps["torch eager"] = eager_step(model)
-    for label, reused in (("nothing", 0.0), ("half", 0.5), ("all", 1.0)):
-        force(lazy, reused)
-        path = lazycompress.export(lazy, folder / label, format=format, check=False)
+    kinds = [("nothing reused", 0.0, False), ("all reused", 1.0, False), ("half of the blocks", 0.5, False)]
+    if by_branch:
+        kinds += [("nothing, by branch", 0.0, True), ("all, by branch", 1.0, True)]
+    for label, reused, apart in kinds:
+        force(lazy, reused, apart)
+        path = lazycompress.export(lazy, folder / label.replace(" ", "_"), format=format, check=False)
         runner: Any
         if format == "openvino":
             runner = OpenVINORunner(path, config={"INFERENCE_PRECISION_HINT": precision})
         else:
             runner = OnnxRunner(path)
-        steps[f"{label} reused"] = lambda b, t, runner=runner: runner(**inputs(b, t))
+        steps[label] = lambda b, t, runner=runner: runner(**inputs(b, t))
         if reused == 1.0:
             twin = runner.twin()
-            steps["half lazy"] = lambda b, t, runner=twin: runner(**mixed_inputs(b, t))
+            steps[label.replace("all", "half lazy").replace(" reused", "")] = lambda b, t, runner=twin: runner(
+                **mixed_inputs(b, t)
+            )
     for batch in batches:
         report(f"{shape:4} {format:8} {precision:4} batch {batch}", steps, batch)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{shape:4} {format:8} {precision:4} peak memory of all of it so far {peak:.2f} GiB", flush=True)
 
 
 def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
@@ -165,9 +187,11 @@ def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
 
 def report(title: str, steps: dict[str, Step], batch: int) -> None:
     best = measure(steps, batch)
+    best["half of the steps"] = (best["nothing reused"] + best["all reused"]) / 2
     for label, seconds in best.items():
-        line = f"{title}: {label:15} {seconds * 1e3:8.1f} ms  {seconds / best['dense']:.3f} of dense"
-        print(line + f", {seconds / best['nothing reused']:.3f} of nothing reused", flush=True)
+        line = f"{title}: {label:21} {seconds * 1e3:8.1f} ms  {seconds / best['dense']:.3f} of dense"
+        base = "nothing, by branch" if label.endswith("by branch") else "nothing reused"
+        print(line + f", {seconds / best[base]:.3f} of {base}", flush=True)
 
 
 if __name__ == "__main__":
