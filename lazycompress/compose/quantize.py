@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
 from ..errors import ComposeError, MissingExtraError
@@ -26,11 +25,9 @@ from ..runtime import LazyModel
 from ..sampling import Sampler
 from .fixed import Fixed
 from .guard import HeldOut, counts, worst_first
-from .inline import inline
+from .inline import DEQUANTIZE, QUANTIZE, inline, round_last
 from .scope import has_weight, is_constant, label, left_out
 
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-_DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 _FAKE = torch.ops.aten.fake_quantize_per_tensor_affine.default
 
 
@@ -193,7 +190,9 @@ def _compose(
             except Exception as error:
                 text = " ".join(str(error).split())[:300]
                 raise ComposeError(f"{stage}: NNCF stopped: {type(error).__name__}: {text}") from error
-        return fixed.back(inline(module))
+        module = inline(module)
+        round_last(module)
+        return fixed.back(module)
 
     result = attempt([])
     error: float | None = None
@@ -248,8 +247,8 @@ def straight_through(flat: LazyGraph) -> LazyGraph:
     module = copy.deepcopy(flat.graph_module)
     module.lazy_gates = flat.graph_module.lazy_gates
     for node in module.graph.nodes:
-        source = node.args[0] if node.target is _DEQUANTIZE and node.args else None
-        if isinstance(source, fx.Node) and source.target is _QUANTIZE:
+        source = node.args[0] if node.target is DEQUANTIZE and node.args else None
+        if isinstance(source, fx.Node) and source.target is QUANTIZE:
             value, scale, zero, low, high = source.args[:5]
             with module.graph.inserting_before(node):
                 passing = module.graph.call_function(_FAKE, (value, scale, zero, low, high))
