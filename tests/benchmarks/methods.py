@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lazycompress.runtime import LazyModel
+from lazycompress.train.trajectory import run as run_schedule
 
 Sample = Callable[[Any, Tensor, int], Tensor]
 STEPS = 50
@@ -163,7 +164,8 @@ class Scheduled:
         weights = [float(np.prod([(self.step - other) / (t - other) for other in times if other != t])) for t in times]
         parts = zip(*(values for _, values in kept), strict=True)
         outputs = [sum(w * v for w, v in zip(weights, values, strict=True)) for values in parts]
-        return outputs, torch.ones_like(valid)  # type: ignore[return-value]
+        # Not told: where all branches reuse, the graph would forecast the output.
+        return outputs, torch.zeros_like(valid)  # type: ignore[return-value]
 
 
 def follow(lazy: LazyModel, sample: Sample, noise: Tensor, schedule: np.ndarray, order: int) -> Run:
@@ -172,6 +174,12 @@ def follow(lazy: LazyModel, sample: Sample, noise: Tensor, schedule: np.ndarray,
     with lazy.controlled(Scheduled(lazy, schedule, order)):
         run = timed(sample, lazy, noise, STEPS, lambda: share_of(lazy, schedule))
     return Run(run.images, run.ratio, float("nan"))
+
+
+def forecast_whole(lazy: LazyModel, sample: Sample, noise: Tensor, schedule: np.ndarray) -> Run:
+    """Images under a schedule of whole steps, with the forecast of the output that the gates have."""
+    found = run_schedule(lazy, lambda model: sample(model, noise, STEPS), torch.from_numpy(schedule))
+    return Run(found, share_of(lazy, schedule), float("nan"))
 
 
 def share_of(lazy: LazyModel, schedule: np.ndarray) -> float:

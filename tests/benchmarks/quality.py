@@ -183,6 +183,7 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
         uniform = methods.every(lazy, target)
         for order, word in ((0, "repeating"), (1, "first order"), (2, "second order")):
             add(f"every k-th step, {word}", target, partial(methods.follow, lazy, sample, noise, uniform, order))
+        add("every k-th step, output forecast", target, partial(methods.forecast_whole, lazy, sample, noise, uniform))
         if target != FULL or seed:
             continue
         for order in (1, 2):
