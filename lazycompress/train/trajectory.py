@@ -269,7 +269,9 @@ def linearise(
         gradients = torch.autograd.grad((flat * probe).sum(), nodes, retain_graph=k < probes - 1, allow_unused=True)
         found = dict(zip((at[:4] for at in used_at if at[4].requires_grad), gradients, strict=True))
         for context, b, s in streams:
-            effects[:, k, :, b] += _effects_of(tape, found, (context, b, s), samples, ages)
+            # Only the output is forecast, from computations further back.
+            reach = ages if b == branches else max_age + 1
+            effects[:, k, :, b, :reach] += _effects_of(tape, found, (context, b, s), samples, reach)
     forwards = steps * (1.0 + 2 * probes + sampled)
     return Effects(
         effects[..., :branches, :],
