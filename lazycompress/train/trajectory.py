@@ -314,8 +314,12 @@ def _effects_of(
     for start in range(0, len(at), ages):
         first = max(0, start - ages + 1)
         products = g[:, start : start + ages] @ f[:, first : start + ages].transpose(1, 2)
-        for i, t in enumerate(at[start : start + ages]):
-            for j, then in enumerate(at[first : start + i + 1]):
-                if t - then < ages:
-                    found[:, t, t - then] = products[:, i, j] - own[:, start + i]
+        pairs = [
+            (i, j, t, t - then)
+            for i, t in enumerate(at[start : start + ages])
+            for j, then in enumerate(at[first : start + i + 1])
+            if t - then < ages
+        ]
+        row, column, step, age = (torch.tensor(numbers, device=g.device) for numbers in zip(*pairs, strict=True))
+        found[:, step, age] = products[:, row, column] - own[:, start + row]
     return tape.per_image(found, images)
