@@ -127,7 +127,7 @@ def times(now: Tensor, past_times: Tensor, valid: Tensor, lazy: Tensor, never: f
     past = past_times.index_select(0, _rows(now, past_times))
     reuses = lazy.transpose(0, 1)
     reuses = torch.cat([reuses, reuses.all(dim=1, keepdim=True)], dim=1)
-    began = torch.where(valid, past[:, 0], now).unsqueeze(1)
+    began = torch.where(valid.unsqueeze(1), past[:, :1], now.unsqueeze(1))
     last, before = past[:, 2:-1], past[:, -1:]
     before = torch.where(valid.unsqueeze(1), torch.where(reuses[:, -1:], before, last[:, -1:]), never)
     return torch.cat([began, now.unsqueeze(1), torch.where(reuses, last, now.unsqueeze(1)), before], dim=1)
@@ -243,11 +243,12 @@ def moved(rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
 
 def trend(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
     """The rates of the polynomial through `fresh` and the computations before it (Newton's divided differences)."""
+    # No difference of tensors: OpenVINO makes a sum of it, and that forgets to stay in float32 (see `export.exact`).
     _, last, both, one, two, since = per_row(pace, fresh, scale)
     if len(rates) == 1:
-        return [(fresh - (cache + rates[0] * last)) * one]
-    slope = (fresh - (cache + (rates[0] + rates[1] * last) * last)) * one
-    curve = (slope - (rates[0] + rates[1] * both)) * two
+        return [fresh * one + (cache + rates[0] * last) * -one]
+    slope = fresh * one + (cache + (rates[0] + rates[1] * last) * last) * -one
+    curve = slope * two + (rates[0] + rates[1] * both) * -two
     return [slope + curve * since, curve]
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from . import targets
 from .contexts import States
-from .errors import InputError, LazyCompressError
-from .gate import FORBIDDEN, SLOPE, Gates, fingerprint, timestep_per_sample
+from .errors import InputError, LazyCompressError, LocateError
+from .gate import Gates, fingerprint, timestep_per_sample
 from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
 from .graph.locate import Branch, locate_branches
@@ -51,7 +52,11 @@ class _Program:
     def whole(self) -> LazyGraph | None:
         """With the whole network as one branch, for gates that decide all alike; None if the model does not take it."""
         if not self._whole:
-            self._whole = [lower_whole(self.flat)]
+            try:
+                self._whole = [lower_whole(self.flat)]
+            except LocateError as error:
+                _log.debug("the network cannot be one branch: %s", error)
+                self._whole = [None]
         return self._whole[0]
 
     def runs(self, gates: Gates) -> LazyGraph:
@@ -100,8 +105,7 @@ class LazyModel(nn.Module):
         self.reports: list[Any] = []
         self._programs: dict[CallKey, list[_Program]] = {}
         self._controller: Controller | None = None
-        #: Run each branch by itself even where gates decide all alike: caches are kept then.
-        self.branch_by_branch = False
+        self._each_branch = False
         self._outputs: Callable[[list[Tensor]], list[Tensor]] | None = None
         #: What was done to the branches since they were captured: "quantize", "weights".
         self.stages: list[str] = []
@@ -234,7 +238,7 @@ class LazyModel(nn.Module):
         threshold = torch.tensor(
             _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
         )
-        by_branch = self._controller is not None or self.branch_by_branch
+        by_branch = self._controller is not None or self._each_branch
         lowered = program.lowered if by_branch else program.runs(self.gates)
         latents = call.tensors[call.latents]
         timesteps = timestep_per_sample(call.tensors[lowered.timestep], latents)
@@ -356,23 +360,13 @@ class LazyModel(nn.Module):
         Args:
             timesteps: of the calls, in their order; left out, the gates' own grid.
         """
-        return 1.0 - float((self._costs() * self.gates.decisions(self._timesteps_or_grid(timesteps))).sum(dim=1).mean())
-
-    def _timesteps_or_grid(self, timesteps: Tensor | None) -> Tensor:
-        if timesteps is not None:
-            return timesteps
-        return self.gates.grid.flip(0) if float(self.gates.direction) > 0 else self.gates.grid
-
-    def _costs(self) -> Tensor:
-        """Share of a call's branch MACs that each branch has, float64 [branches]."""
-        macs = torch.tensor([float(branch.macs) for branch in self.branches], dtype=torch.float64)
-        return macs / macs.sum()
+        return targets.expected_ratio(self.gates, targets.shares(self.branches), timesteps)
 
     def set_target(self, target: float, timesteps: Tensor | None = None) -> float:
         """Move the gates so that at most `target` of the branches' MACs are computed, without training.
 
         Training leaves schedules for a few budgets, and the order in which reuse pays: the nearest of the schedules is
-        filled up or thinned out in that order.
+        filled up or thinned out in that order, by whole steps if it is made of them.
 
         Args:
             target: computed share of the branches' MACs, in (0, 1].
@@ -385,36 +379,16 @@ class LazyModel(nn.Module):
         Raises:
             LazyCompressError: the gates, or the guards they were trained under, allow no such share.
         """
-        if not 0.0 < target <= 1.0:
-            raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {target}")
-        gates = self.gates
-        if len(gates.frontier) == 0:
-            raise LazyCompressError("set_target: these gates were not trained, they know no order of reuse")
-        schedule = _near(gates, self._costs(), target)
-        gates.follow(schedule, gates.rank.isfinite().cpu())
-        if timesteps is not None:
-            self._stretch(target, timesteps)
-        return self.expected_macs_ratio(timesteps)
+        return targets.move(self.gates, targets.shares(self.branches), target, timesteps)
 
-    def _stretch(self, target: float, timesteps: Tensor) -> None:
-        """Scale how long outputs are kept, the least that meets the target on these timesteps."""
-        table = self.gates.bias.detach().clone()
-        free = table > FORBIDDEN / 2
-
-        def ratio(shift: float) -> float:
-            with torch.no_grad():
-                self.gates.bias.copy_(torch.where(free, table + shift, table))
-            return self.expected_macs_ratio(timesteps)
-
-        low, high = -SLOPE * 6.0, SLOPE * 6.0
-        if ratio(high) > target + 1e-9:
-            least = self.expected_macs_ratio(timesteps)
-            ratio(0.0)
-            raise LazyCompressError(f"target {target}: on these timesteps the gates allow {least:.2f} at least")
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (low, middle) if ratio(middle) <= target + 1e-9 else (middle, high)
-        ratio(high)
+    @contextmanager
+    def each_branch(self) -> Iterator[None]:
+        """Within the block each branch runs by itself even where gates decide all alike: caches are kept then."""
+        outer, self._each_branch = self._each_branch, True
+        try:
+            yield
+        finally:
+            self._each_branch = outer
 
     @contextmanager
     def controlled(
@@ -442,63 +416,6 @@ class LazyModel(nn.Module):
     def summary(self) -> Summary:
         """What was found, and what has been reused since the last `reset()`."""
         return self.usage.summary(self.branches)
-
-
-def _near(gates: Gates, costs: Tensor, target: float) -> Tensor:
-    """A schedule, bool [branches, grid], with at most `target` of the MACs computed: from the nearest on the frontier.
-
-    Raises:
-        LazyCompressError: the guards allow no such share.
-    """
-    share = (costs / len(gates.grid)).unsqueeze(1)
-    known = gates.frontier.cpu()
-    ratios = [1.0 - float((share * schedule).sum()) for schedule in known]
-    schedule = known[min(range(len(ratios)), key=lambda k: abs(ratios[k] - target))].clone()
-    ratio = 1.0 - float((share * schedule).sum())
-    units = _units(gates, schedule)
-    falling, longest = float(gates.direction) > 0, int(gates.longest)
-    for unit in units if ratio > target + 1e-9 else []:
-        if ratio <= target + 1e-9:
-            break
-        more = [(branch, step) for branch, step in unit if not schedule[branch, step]]
-        for branch, step in more:
-            schedule[branch, step] = True
-        if any(_longest_run(schedule[branch], falling) > longest for branch, _ in more):
-            for branch, step in more:
-                schedule[branch, step] = False
-        else:
-            ratio -= sum(float(share[branch]) for branch, _ in more)
-    if ratio > target + 1e-9:
-        raise LazyCompressError(f"target {target}: the gates and their guards allow {ratio:.2f} at least")
-    for unit in reversed(units):
-        less = [(branch, step) for branch, step in unit if schedule[branch, step]]
-        freed = sum(float(share[branch]) for branch, _ in less)
-        if ratio + freed <= target + 1e-9:
-            for branch, step in less:
-                schedule[branch, step] = False
-            ratio += freed
-    return schedule
-
-
-def _units(gates: Gates, schedule: Tensor) -> list[list[tuple[int, int]]]:
-    """Decisions (branch, step) that are taken together, the safest first: whole steps if the schedule is made of them."""
-    rank = gates.rank.cpu()
-    order = [divmod(int(k), rank.shape[1]) for k in rank.flatten().argsort()[: int(rank.isfinite().sum())]]
-    if not torch.equal(schedule.all(dim=0), schedule.any(dim=0)):
-        return [[decision] for decision in order]
-    steps: dict[int, list[tuple[int, int]]] = {}
-    for branch, step in order:
-        steps.setdefault(step, []).append((branch, step))
-    return list(steps.values())
-
-
-def _longest_run(row: Tensor, falling: bool) -> int:
-    """The longest run of reuse in bool [grid]; the first call of an image computes whatever it says."""
-    longest = now = 0
-    for reuse in (row.flip(0) if falling else row).tolist():
-        now = now + 1 if reuse else 0
-        longest = max(longest, now)
-    return longest
 
 
 def wrap(

@@ -48,10 +48,16 @@ def wrapped(request: pytest.FixtureRequest) -> tuple[LazyModel, dict[str, Any], 
 
 @pytest.mark.parametrize("format", ["openvino", "onnx"])
 def test_fifty_steps_decide_alike_in_every_form(
-    wrapped: tuple[LazyModel, dict[str, Any], str, torch.Tensor], format: str, tmp_path: Path
+    wrapped: tuple[LazyModel, dict[str, Any], str, torch.Tensor],
+    format: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     lazy, inputs, name, times = wrapped
     folder = lazycompress.export(lazy, tmp_path / "out", format=format, telemetry=True)
+    assert "lazycompress exports" not in caplog.text, (
+        "the best form of a file is written, with the sizes of the capture"
+    )
     runner: Any = (OpenVINORunner if format == "openvino" else OnnxRunner)(folder)
     together = lazy.gates.together
     flat, lowered = Reference(lazy, "flat"), Reference(lazy, "whole" if together else "lowered")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import lazycompress
 from lazycompress import LazyCompressError
+from lazycompress.errors import ExportError
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.export.trace import Granularity
@@ -229,18 +231,72 @@ def test_where_all_branches_decide_alike_there_is_one_branch_and_no_cache(
 
 def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel) -> None:
     outputs = []
-    for by_branch in (False, True):
-        together.branch_by_branch = by_branch
+    for apart in (nullcontext, together.each_branch):
         together.reset()
         calls = [small_inputs(3, time, number, last=number // 7) for number, time in enumerate(TIMES)]
-        with torch.no_grad():
+        with torch.no_grad(), apart():
             outputs.append(torch.stack([together(**call).sample for call in calls]))
-        usage = together.usage.heatmap()
-        outputs.append(usage[1])
-    together.branch_by_branch = False
+        outputs.append(together.usage.heatmap()[1])
     torch.testing.assert_close(outputs[0], outputs[2], rtol=0, atol=1e-5)
     assert torch.equal(outputs[1], outputs[3])
     assert 0.2 < float(outputs[1].mean()) < 0.8
+
+
+@pytest.mark.parametrize("gates", ["together", "steady"])
+def test_forecasts_lose_no_digits_under_a_bf16_hint(
+    gates: str, request: pytest.FixtureRequest, export: Callable[..., Path]
+) -> None:
+    """Twenty calls further, the output is on the parabola through the file's own last three computed outputs."""
+    lazy = wrap(small_dit(), (), small_inputs(2, 980), alike(torch.tensor(TIMES).float()))
+    with torch.no_grad():
+        lazy.gates.bias.fill_(10.0)
+        lazy.gates.bias[:, -3:] = -10.0  # the first three calls compute
+        if gates == "steady":
+            lazy.gates.bias[0] += 1.0
+    assert lazy.gates.together == (gates == "together")
+    file = PlainOpenVINO(compile_model(export(lazy), "bf16"))
+    calls = [file(small_inputs(2, time, seed)) for seed, time in enumerate(TIMES[:23])]
+    assert [int(taken.sum()) for _, taken in calls] == [0] * 3 + [4] * 20
+    x = np.array(TIMES[:23], dtype=float)
+    computed = [sample.double().numpy() for sample, _ in calls[:3]]
+    for k in range(3, 23):
+        weights = [np.prod([(x[k] - x[j]) / (x[i] - x[j]) for j in range(3) if j != i]) for i in range(3)]
+        expected = sum(weight * value for weight, value in zip(weights, computed, strict=True))
+        found = calls[k][0].double().numpy()
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("gates", ["lazy", "together"])
+def test_what_is_kept_has_the_shape_of_its_state(
+    gates: str, request: pytest.FixtureRequest, export: Callable[..., Path]
+) -> None:
+    """Else the plugin copies every state in every call."""
+    model = ov.Core().read_model(export(request.getfixturevalue(gates)) / "openvino_model.xml")
+    shapes = {
+        n.get_variable_id(): n.get_output_partial_shape(0)
+        for n in model.get_ordered_ops()
+        if n.get_type_name() == "ReadValue"
+    }
+    for sink in model.get_sinks():
+        assert sink.get_input_partial_shape(0) == shapes[sink.get_variable_id()], sink.get_variable_id()
+
+
+def test_a_file_of_one_branch_that_cannot_be_made_has_a_branch_for_each_gate(
+    together: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lazycompress.export import onnx
+
+    plain = onnx.convert
+
+    def convert(traced: Any, **options: Any) -> Any:
+        if not any(spec.kind == "cache" for spec in traced.state):
+            raise ExportError("not in one piece")
+        return plain(traced, **options)
+
+    monkeypatch.setattr(onnx, "convert", convert)
+    runner = OnnxRunner(lazycompress.export(together, tmp_path / "out", format="onnx", telemetry=True))
+    assert "with an If for each branch, not one: not in one piece" in caplog.text
+    play(Runner(runner), together, [("next", 0)] * 8, 1e-4)
 
 
 @pytest.fixture(scope="module")

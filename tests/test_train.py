@@ -255,6 +255,7 @@ def test_set_target_moves_the_budget_without_training(digits: nn.Module) -> None
             sampler(lazy)
         measured = lazy.summary().macs_ratio
         assert measured == pytest.approx(promised, abs=1e-5)
+        assert lazy.gates.together, "a schedule of whole steps is moved by whole steps"
         assert target - 1 / 12 < measured <= target + 1e-5, "whole steps: less than one of twelve too much is reused"
         reused.append(float((lazy.usage.heatmap()[1] > 0).float().mean()))
     assert reused == sorted(reused)

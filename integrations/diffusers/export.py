@@ -24,7 +24,7 @@ from ...errors import ExportError, InputError, MissingExtraError
 from ...export.card import CARD_FILE
 from ...export.folder import describe, need_place
 from ...export.folder import export as export_model
-from ...export.trace import trace
+from ...export.trace import Form, TracedModel, trace, widest
 from ...recipe import Recipe, load_recipe
 from ...storage import whole_folder
 from .loading import load_denoiser
@@ -184,15 +184,12 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
         path = part / to_openvino.MODEL_FILE
         if not path.is_file():
             raise ExportError(f"optimum-intel wrote no {path.name} for {name}; it wrote {_listed(folder)}")
-        try:
-            traced = trace(model)
-            converted = to_openvino.convert(traced, telemetry=telemetry)
-        except ExportError as error:
-            if not model.program(model.example).captured.sizes.is_dynamic:
-                raise
-            _log.warning("%s is exported for the sizes of its example only: %s", name, error)
-            traced = trace(model, sizes=False)
-            converted = to_openvino.convert(traced, telemetry=telemetry)
+
+        def convert(form: Form, model: LazyDenoiser = model) -> tuple[TracedModel, Any]:
+            traced = trace(model, form=form)
+            return traced, to_openvino.convert(traced, telemetry=telemetry)
+
+        traced, converted = widest(model, name, convert)
         converted = to_openvino.with_ports_of(converted, core.read_model(path))
         path.unlink()
         path.with_suffix(".bin").unlink(missing_ok=True)

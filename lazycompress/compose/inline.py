@@ -68,12 +68,11 @@ def inline(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def round_last(module: fx.GraphModule) -> int:
-    """Move rounding of a whole tensor past what only moves values, to the matmul that alone reads it; returns how many.
+def round_last(module: fx.GraphModule) -> None:
+    """Move rounding of a whole tensor past what only moves values, to the matmuls that alone read it.
 
     NNCF rounds as early as it can, right after attention; OpenVINO's kernel of attention is three times slower with that inside.
     """
-    moved = 0
     for node in list(module.graph.nodes):
         quantize = node.args[0] if node.target is DEQUANTIZE else None
         if not isinstance(quantize, fx.Node) or quantize.target is not QUANTIZE:
@@ -91,9 +90,7 @@ def round_last(module: fx.GraphModule) -> int:
             restored = module.graph.call_function(DEQUANTIZE, (again, *node.args[1:]), dict(node.kwargs))
         for reader in readers:
             reader.replace_input_with(last, restored)
-        moved += 1
     module.graph.eliminate_dead_code()
-    return moved
 
 
 def _moves(node: fx.Node, quantize: fx.Node) -> bool:

@@ -268,14 +268,12 @@ def calibration(lazy: LazyModel, sampler: Sampler, count: int, seed: int) -> lis
         lambda module, args: found.append(tuple(value.detach().clone() for value in args))
     )
     lazy.reset()
-    lazy.branch_by_branch = True
     torch.manual_seed(seed + 555)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), lazy.each_branch():
             _ = sampler(lazy)
     finally:
         hook.remove()
-        lazy.branch_by_branch = False
         torch.set_rng_state(generator)
         lazy.reset()
     if not found:

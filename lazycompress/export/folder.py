@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ from ..runtime import LazyModel
 from ..storage import whole_folder
 from .card import CARD_FILE
 from .check import compare, record, save_record, start, verify
-from .trace import Granularity, TracedModel, Weights, trace
-
-_log = logging.getLogger(__name__)
+from .trace import Form, Granularity, TracedModel, Weights, trace, widest
 
 #: Largest difference to torch that an export may have, as a share of the largest output.
 _TOLERANCES: dict[Weights, float] = {"f32": 1e-4, "f16": 2e-2, "bf16": 1e-1}
@@ -72,22 +69,13 @@ def export(
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     with whole_folder(target) as folder:
 
-        def write(sizes: bool) -> dict[str, Any]:
-            card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, sizes)
-            return card | ({"parity": _check(lazy, card, folder, target, sizes)} if check else {})
-
-        dynamic = lazy.program(lazy.example).captured.sizes.is_dynamic
-        try:
-            card = write(dynamic)
-        except ExportError as error:
-            if not dynamic:
-                raise
-            for path in folder.iterdir():
+        def write(form: Form) -> dict[str, Any]:
+            for path in folder.iterdir():  # what the form before left
                 path.unlink()
-            card = write(False)
-            _log.warning(
-                "lazycompress exports %s for the sizes of its example only: %s", type(lazy.model).__name__, error
-            )
+            card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
+            return card | ({"parity": _check(lazy, card, folder, target, form.sizes)} if check else {})
+
+        card = widest(lazy, type(lazy.model).__name__, write)
         card["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CARD_FILE}
         for path in folder.iterdir():
             _flush(path)
@@ -148,10 +136,10 @@ def _write(
     stateful: bool,
     weights: Weights,
     decide: Granularity,
-    sizes: bool,
+    form: Form,
 ) -> dict[str, Any]:
     """Write the model's files; returns the card. What was traced is freed on return."""
-    traced = trace(lazy, one_batch=not stateful, decide=decide, sizes=sizes)
+    traced = trace(lazy, one_batch=not stateful, decide=decide, form=form)
     details: dict[str, Any] = {"weights": weights, "decide": decide, "stages": lazy.stages}
     if format == "openvino":
         from . import openvino as to_openvino

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,10 @@ from ..graph.insert import LazyGraph, StateSpec
 from ..graph.lower import lazy_branches
 from ..runtime import LazyModel
 from .portable import make_portable
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,51 @@ def granularity(lowered: LazyGraph, value: Granularity, sizes: bool = True) -> I
             branch.whole_batch, branch.any_size = False, True
 
 
-def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sample", sizes: bool = True) -> TracedModel:
+@dataclass(frozen=True)
+class Form:
+    """What a file can do.
+
+    Attributes:
+        sizes: runs all sizes that the capture can run; else those of the example.
+        by_branch: each branch runs by itself; else, where the gates decide all alike, the network as one.
+    """
+
+    sizes: bool = True
+    by_branch: bool = False
+
+
+def widest(lazy: LazyModel, name: str, write: Callable[[Form], _Result]) -> _Result:
+    """What `write` gives for the first form of a file that it can write, the best one first; a warning says what is missing.
+
+    Raises:
+        ExportError: as `write` raises it for the last of them.
+    """
+    program = lazy.program(lazy.example)
+    one = program.runs(lazy.gates) is not program.lowered
+    forms = [
+        Form(sizes, by_branch)
+        for sizes in ([True, False] if program.captured.sizes.is_dynamic else [False])
+        for by_branch in ([False, True] if one else [True])
+    ]
+    first: ExportError | None = None
+    for form in forms:
+        try:
+            result = write(form)
+            break
+        except ExportError as error:
+            if form is forms[-1]:
+                raise
+            first = first or error
+    missing = [
+        *(["for the sizes of its example only"] if form.sizes != forms[0].sizes else []),
+        *(["with an If for each branch, not one"] if form.by_branch != forms[0].by_branch else []),
+    ]
+    if missing:
+        _log.warning("lazycompress exports %s %s: %s", name, " and ".join(missing), first)
+    return result
+
+
+def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sample", form: Form = Form()) -> TracedModel:
     """Trace a lazy model for the call it was captured with, for any batch size.
 
     Args:
@@ -99,13 +148,14 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         one_batch: the past state always has the batch size of the inputs (a caller manages it); else it may have another
             one, of which nothing is kept (the file manages it).
         decide: for each sample, or once for the whole batch: a branch then runs for everyone if any sample needs it.
-        sizes: for all sizes that the capture can run; else for those of the example.
+        form: what the traced model can do.
 
     Raises:
         ExportError: `torch.export` does not take the lowered graph.
     """
     program = lazy.program(lazy.example)
-    lowered = program.runs(lazy.gates)
+    lowered = program.lowered if form.by_branch else program.runs(lazy.gates)
+    sizes = form.sizes
     call = lazy.example
     examples = [
         torch.cat([t, t]) if leaf.batched and call.batch == 1 else t

@@ -165,7 +165,7 @@ def _between(
     for node in reversed(nodes[: last + 1]):  # rule 1: what only the branch needs
         if node.op != "call_function" or node in core or node in marks or node in constant or not node.users:
             continue
-        if (isinstance(node.meta.get("val"), torch.SymInt) and not is_data_size(node)) or _is_gate(node):
+        if (isinstance(node.meta.get("val"), torch.SymInt) and not is_data_size(node)) or is_gate(node):
             continue
         if all(user in core for user in node.users):
             core.add(node)
@@ -173,7 +173,8 @@ def _between(
     return {n for n in core if n.target is not operator.getitem or n.all_input_nodes[0] in core}
 
 
-def _is_gate(node: fx.Node) -> bool:
+def is_gate(node: fx.Node) -> bool:
+    """Whether a node is one of the operators of `lazycompress.gate`."""
     return getattr(node.target, "namespace", "") == "lazycompress" or isinstance(
         node.target, torch._ops.OpOverloadPacket
     )
@@ -269,7 +270,7 @@ def _cuttable(
     found: list[fx.Node] | None = None
     if batch is None or isinstance(node.meta.get("val"), torch.SymInt) or _rows(node, batch) >= 0:
         found = [node]
-    elif depth > 0 and node.op == "call_function" and not is_heavy(node) and not _is_gate(node):
+    elif depth > 0 and node.op == "call_function" and not is_heavy(node) and not is_gate(node):
         parts = [_cuttable(n, batch, constant, again, depth - 1) for n in node.all_input_nodes if n not in constant]
         if all(part is not None for part in parts):
             found = list(dict.fromkeys(n for part in parts for n in part or []))

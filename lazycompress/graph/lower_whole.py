@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .insert import LazyGraph
-from .lower import lower
+from .lower import is_gate, lower
 
 _ops = torch.ops.lazycompress
 
@@ -54,7 +54,7 @@ def lower_whole(flat: LazyGraph) -> LazyGraph | None:
                 assert lazy is not None, "outputs come after the gates"
                 fresh[given] = _select(graph, given, mapped[given], mapped[cache], lazy)
             mapped[node] = graph.node_copy(node, lambda n: fresh.get(n) or mapped[n])
-        elif getattr(node.target, "namespace", "") == "lazycompress" or _is_packet(node):
+        elif is_gate(node):
             mapped[node] = graph.node_copy(node, mapped.__getitem__)
         else:
             mapped[node] = graph.node_copy(node, lambda n: marks.get(n) or mapped[n])
@@ -88,7 +88,3 @@ def _select(graph: fx.Graph, like: fx.Node, fresh: fx.Node, cache: fx.Node, lazy
 
 def _is(node: fx.Node, packet: Any) -> bool:
     return node.target is packet or node.target is packet.default
-
-
-def _is_packet(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverloadPacket)

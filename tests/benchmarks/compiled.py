@@ -38,7 +38,7 @@ def make_gates(branches: list[Branch], static: bool = True) -> Gates:
 
 def compile_network(lazy: LazyModel, **options: Any) -> None:
     """Compile what a lazy model runs for calls like its example, without the bookkeeping around it, in place."""
-    lazy.program(lazy.example).lowered.graph_module.compile(**options)
+    lazy.program(lazy.example).runs(lazy.gates).graph_module.compile(**options)
 
 
 def breaks_of(lazy: LazyModel, inputs: Mapping[str, Any]) -> tuple[int, int]:
