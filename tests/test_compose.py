@@ -97,7 +97,9 @@ def test_all_matmuls_of_branches_are_in_8_bits_in_openvino(folder: Callable[[str
     found = openvino_matmuls(folder("int8", "openvino"))
     in_bodies = {key[1:]: count for key, count in found.items() if key[0] == "body"}
     assert in_bodies == {("i8", True): LAYERS * BODIES}
-    assert {key[1:] for key in found if key[0] == "outside"} == {("f32", False)}
+    outside = {key[1:]: count for key, count in found.items() if key[0] == "outside"}
+    assert set(outside) == {("u8", False), ("f32", False)}, "all other layers store their weights in 8 bits"
+    assert outside[("f32", False)] == GATES, "gates stay in floating point"
 
 
 def test_all_matmuls_of_branches_are_in_8_bits_in_onnx(folder: Callable[[str, str], Path]) -> None:
@@ -105,7 +107,9 @@ def test_all_matmuls_of_branches_are_in_8_bits_in_onnx(folder: Callable[[str, st
     in_bodies = {key[1:]: count for key, count in found.items() if key[0] == "body"}
     attention = 2 * 2 * BODIES
     assert in_bodies == {("MatMulIntegerToFloat", "INT8"): LAYERS * BODIES, ("MatMul", "activation"): attention}
-    assert {key[2] for key in found if key[0] == "outside"} == {"FLOAT"}
+    outside = {key[2]: count for key, count in found.items() if key[0] == "outside"}
+    assert set(outside) == {"UINT8", "FLOAT"}
+    assert outside["FLOAT"] == GATES
 
 
 def test_all_weights_of_branches_are_in_4_bits_and_others_in_8(folder: Callable[[str, str], Path]) -> None:

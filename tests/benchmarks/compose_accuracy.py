@@ -33,6 +33,8 @@ from lazycompress.recipe import Quantize, load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import Sampler, build_sampler, first_call
 
+from .page import PAGE_HELP, written
+
 STEPS, BATCH, SEED = 50, 100, 2026
 
 
@@ -41,7 +43,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--rows", nargs="+", default=[], help="only those whose name contains one of these")
+    parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
+    with written(options.write, "compose_accuracy"):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     model = load_bundled()
     dense_macs = lazycompress.apply(model, {"train": {"enabled": False}}, example_inputs=example()).dense_macs
     sampling = load_recipe("digits_dit.yaml").sampling
@@ -75,11 +83,8 @@ def main() -> None:
                     frechet_distance(features(classifier, images), real), size, macs, seconds,
                 )
             )  # fmt: skip
-            print(f"{label}: {time.perf_counter() - started:.0f} s", flush=True)
-            print(
-                accuracy_table(rows, f"{options.images} images, {STEPS} steps, batches of {BATCH}, OpenVINO"),
-                flush=True,
-            )
+            print(f"{label}: mean error {rows[-1].mean:.1e}, {time.perf_counter() - started:.0f} s in all", flush=True)
+    print(accuracy_table(rows, f"{options.images} images, {STEPS} steps, batches of {BATCH}, OpenVINO"))
 
 
 def stages(model: nn.Module, sampler: Sampler, effort: float) -> dict[str, Callable[[], LazyModel | None]]:

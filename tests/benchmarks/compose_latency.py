@@ -32,6 +32,7 @@ from lazycompress.recipe import Quantize
 from lazycompress.runtime import LazyModel
 
 from .export_latency import SHAPES, Step, build, dense_step, inputs, make, measure
+from .page import PAGE_HELP, written
 
 
 def main() -> None:
@@ -40,7 +41,13 @@ def main() -> None:
     parser.add_argument("--forecast", type=int, default=2, help="order of the forecast")
     parser.add_argument("--format", nargs="+", default=["openvino", "onnx"], choices=["openvino", "onnx"])
     parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
+    with written(options.write, "compose_latency"):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     model = build(*SHAPES[options.shape])
     plain, small = (every_second_call(make(model, options.forecast)) for _ in range(2))
     started = time.perf_counter()

@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import nncf
@@ -23,13 +24,21 @@ from lazycompress.compose.quantize import quantize
 from lazycompress.recipe import Quantize
 from lazycompress.runtime import LazyModel, wrap
 
+from .page import PAGE_HELP, written
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12])
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--calls", type=int, default=8)
+    parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
+    with written(options.write, "compose_time"):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     for layers in options.layers:
         lazy, runs, passes = build(layers, options.width), [0], [0]
         started = time.perf_counter()

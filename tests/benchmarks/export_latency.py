@@ -36,6 +36,8 @@ from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.runtime import LazyModel, wrap
 
+from .page import PAGE_HELP, written
+
 #: Layers, heads, width of a head.
 SHAPES = {"S/2": (12, 6, 64), "B/2": (12, 12, 64), "XL/2": (28, 16, 72)}
 
@@ -119,7 +121,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--forecast", type=int, default=2, help="order of the forecast")
     parser.add_argument("--by-branch", action="store_true", help="files with a branch for each gate, too")
+    parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
+    with written(options.write, "export_latency"):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     for shape in options.shape:
         model = build(*SHAPES[shape])
         lazy = make(model, options.forecast)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .export_latency import SHAPES
+from .page import PAGE_HELP, written
 
 _BASE = "import torch, lazycompress, openvino, onnx, onnxruntime, nncf, diffusers\n"
 
@@ -76,7 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="XL/2", choices=list(SHAPES))
     parser.add_argument("--format", nargs="+", default=["openvino", "onnx"], choices=["openvino", "onnx"])
+    parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
+    with written(options.write, "export_memory"):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     base = measured("")["peak"]
     print(f"base {base / 1e9:.2f} GB", flush=True)
     for format in options.format:
