@@ -40,6 +40,8 @@ bench-export: $(STAMP)
 bench-compose: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.compose_latency
 	$(BIN)/python -m tests.benchmarks.compose_accuracy
+	$(BIN)/python -m tests.benchmarks.compose_size
+	$(BIN)/python -m tests.benchmarks.compose_time
 
 bench-quality: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps cache-dit

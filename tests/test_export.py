@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from lazycompress.integrations.digits.model import build_scheduler, digits_sampl
 from lazycompress.runtime import LazyModel, wrap
 
 from .conftest import make_lively_gates
+from .export_models import lively, small_dit, small_inputs
 
 BATCH = 4
 
@@ -187,6 +189,27 @@ def test_a_failed_export_leaves_no_folder(lazy: LazyModel, tmp_path: Path, monke
     monkeypatch.setattr(openvino, "write", fail)
     with pytest.raises(RuntimeError):
         lazycompress.export(lazy, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Eigenvalues(nn.Module):
+    """OpenVINO has no such operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small_dit()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        sample: Tensor = self.model(hidden_states, timestep, class_labels).sample
+        return sample + torch.linalg.eigvalsh(sample).mean()
+
+
+def test_a_conversion_that_fails_leaves_logging_as_it_was(tmp_path: Path) -> None:
+    lazy = wrap(Eigenvalues(), (), small_inputs(2, 900), lively(torch.arange(1000)))
+    before = logging.root.level, list(logging.root.filters), list(logging.root.handlers)
+    with pytest.raises(LazyCompressError, match=r"eigvalsh|linalg"):
+        lazycompress.export(lazy, tmp_path / "out")
+    assert (logging.root.level, logging.root.filters, logging.root.handlers) == before
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,9 @@ by itself: the clock is part of the graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,9 @@ def convert(traced: TracedModel, stateful: bool = True, telemetry: bool = False,
         ExportError: the converter does not take the program.
     """
     try:
-        model = ov.convert_model(TorchFXPythonDecoder(_decomposed(traced.program), dynamic_shapes=True))
+        decoder = TorchFXPythonDecoder(_decomposed(traced.program), dynamic_shapes=True)
+        with _same_logging():
+            model = ov.convert_model(decoder)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"OpenVINO does not convert the lowered graph: {' '.join(lines)[-300:]}") from error
@@ -185,6 +189,18 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
     table[torch.ops.aten.slice_scatter.default] = slice_scatter
     module: fx.GraphModule = program.run_decompositions(table).module()
     return add_sizes(module)
+
+
+@contextmanager
+def _same_logging() -> Iterator[None]:
+    """The converter turns the root logger down to errors, and leaves it there where it fails: what is said then is lost."""
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def _name(model: ov.Model, traced: TracedModel) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import runpy
 import sys
 
-BENCHMARKS = ("locate_scaling", "export_latency", "compose_time", "compose_latency", "compose_accuracy", "quality")
+BENCHMARKS = (
+    "locate_scaling",
+    "export_latency",
+    "compose_time",
+    "compose_size",
+    "compose_latency",
+    "compose_accuracy",
+    "quality",
+)
 
 if __name__ == "__main__":
     for name in BENCHMARKS:
