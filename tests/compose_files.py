@@ -67,6 +67,23 @@ def onnx_matmuls(folder: Path) -> Counter[tuple[str, str, str]]:
     return found
 
 
+def restored_in_bodies(folder: Path) -> list[str]:
+    """Nodes in bodies of an ONNX file that make floating-point numbers of integers that it stores: once in each call."""
+    model = onnx.load(folder / "model.onnx")
+    narrow = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+    stored = {tensor.name for tensor in model.graph.initializer if tensor.data_type in narrow and len(tensor.dims) > 1}
+    found: list[str] = []
+
+    def walk(graph: Any) -> None:
+        for node in graph.node:
+            for body in _bodies(node):
+                found.extend(inner.name for inner in body.node if inner.op_type == "Cast" and inner.input[0] in stored)
+                walk(body)
+
+    walk(model.graph)
+    return found
+
+
 def _bodies(node: Any) -> Iterator[Any]:
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:

@@ -9,6 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +25,7 @@ from lazycompress.integrations.digits.model import build_scheduler, digits_sampl
 from lazycompress.recipe import IgnoredScope, Quantize, Weights, load_recipe
 from lazycompress.runtime import LazyModel, wrap
 
-from .compose_files import onnx_matmuls, openvino_matmuls, size_of
+from .compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
 from .conftest import make_lively_gates
 
 FORMATS = ["openvino", "onnx"]
@@ -124,6 +126,19 @@ def test_all_weights_of_branches_are_in_4_bits_and_others_in_8(folder: Callable[
     left = {key[2]: count for key, count in stored.items() if key[0] == "outside"}
     assert set(left) == {"UINT8", "FLOAT"}
     assert left["FLOAT"] == GATES
+
+
+@pytest.mark.parametrize("stage", ["int8", "int4"])
+def test_weights_are_restored_once_and_not_in_each_call(stage: str, folder: Callable[[str, str], Path]) -> None:
+    """ONNX Runtime computes what the main graph makes of constants alone when it loads the file, and no more then."""
+    place = folder(stage, "onnx")
+    assert restored_in_bodies(place) == []
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(place.parent / f"{stage}_loaded.onnx")
+    ort.InferenceSession(str(place / "model.onnx"), options)
+    loaded = onnx.load(options.optimized_model_filepath)
+    assert not [node.name for node in loaded.graph.node if node.name.startswith("restored")]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ try:
     from onnxscript.rewriter.onnx_fusions import fuse
 
     from .onnx_int8 import to_integers
+    from .onnx_weights import restore_once
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("onnx", "onnx", "export to ONNX") from _error
 
@@ -79,6 +80,7 @@ def convert(
     _store_4_bits(model)
     if eight_bits:
         to_integers(model)
+    restore_once(model)
     if weights != "f32":
         _store_as(model, weights)
     return model
