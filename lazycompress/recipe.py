@@ -203,7 +203,9 @@ class Recipe(_Section):
     guards: Guards = Field(Guards(), description="where reuse is forbidden")
     train: Train = Field(Train(), description="how the gates are learned")
     prune: Prune | None = Field(None, description="narrower layers, or weights set to zero, before anything else")
-    quantize: Quantize | None = Field(None, description="8-bit weights and activations in the branches")
+    quantize: Quantize | None = Field(
+        None, description="8-bit weights and activations in the branches, 8-bit weights elsewhere"
+    )
     weights: Weights | None = Field(None, description="weights stored in 8 or 4 bits")
     order: Literal["train_quantize", "quantize_train"] = Field(
         "train_quantize",

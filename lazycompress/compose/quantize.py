@@ -59,7 +59,7 @@ class ComposeReport:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Names of the layers that have weights: in branches, elsewhere, and in branches but to be left out."""
+    """Names of the layers that have weights: in branches, elsewhere, and those of both that are to be left out."""
 
     inside: list[str]
     outside: list[str]
@@ -74,7 +74,7 @@ def quantize(lazy: LazyModel, sampler: Sampler, options: Quantize, *, seed: int 
 
     Queries and keys are quantized too: OpenVINO multiplies them in 8 bits, ONNX Runtime in floating point. Layers outside of
     the branches (modulation, embeddings) act on every token at once: their activations stay as they are. Reading their weights,
-    a third of a DiT's, is what they cost.
+    a third of a DiT's, is what they cost. Under a limit the error decides which of all layers stay as they were.
 
     Args:
         lazy: the model; quantized for every batch, and for the other sizes that its example has.
@@ -115,7 +115,8 @@ def compress_weights(lazy: LazyModel, sampler: Sampler | None, options: Weights,
     """Store weights in 8 or 4 bits, in place; arithmetic stays in floating point.
 
     4 bits are for the branches; all other layers (modulation, embeddings of time, projections) then have 8, since they act on
-    every token at once and are a third of a DiT's weights. So do layers of branches that are spared.
+    every token at once and are a third of a DiT's weights. Where layers are spared, those of branches have 8 bits too, others
+    stay as they were.
 
     Args and errors as for `quantize`; without data-aware options and a limit no sampler is needed.
     """
@@ -142,7 +143,7 @@ def compress_weights(lazy: LazyModel, sampler: Sampler | None, options: Weights,
         scope = list(dict.fromkeys([*layers.spared, *ignored]))
         if four:
             chosen = set(layers.inside) - set(layers.spared)
-            module = _weights_in_8_bits(module, [*chosen, *ignored])
+            module = _weights_in_8_bits(module, [*chosen, *(set(layers.outside) & set(layers.spared)), *ignored])
             scope += layers.outside
         result: fx.GraphModule = nncf.compress_weights(
             module, mode=nncf.CompressWeightsMode(options.mode),
@@ -217,7 +218,7 @@ def _compose(
                 f"allowed are {options.max_error:.2e}; set {stage}.on_error: fall_back to leave out the layers that hurt "
                 "most, or allow more"
             )
-        changed = [name for name in inside if _is_changed(result, name)]
+        changed = [name for name in heavy if _is_changed(result, name)]
         order = worst_first(flat, result, data, changed) if error > options.max_error else []
         for count in counts(len(order)) if order else []:
             spared = order[:count]
