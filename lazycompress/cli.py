@@ -246,33 +246,46 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from .export.card import exports_in
     from .export.folder import verify
 
-    report = verify(options.directory)
-    print(json.dumps(vars(report) | {"ok": report.ok}) if options.json else report)
-    if not report.ok:
+    reports = [verify(folder) for folder in exports_in(options.directory)]
+    ok = all(report.ok for report in reports)
+    if options.json:
+        print(json.dumps({"ok": ok, "files": [vars(report) | {"ok": report.ok} for report in reports]}))
+    else:
+        print("\n".join(map(str, reports)))
+    if not ok:
         raise ExportError(f"{options.directory} does not give what torch gave")
 
 
 def _summary(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from .export.card import read_card
+    from .export.card import exports_in, read_card
     from .report import render
 
-    card = read_card(options.directory)
+    folders = exports_in(options.directory)
+    cards = [read_card(folder) for folder in folders]
     if options.json:
-        print(json.dumps(card, indent=2))
+        print(
+            json.dumps(
+                {"files": [{"directory": str(f)} | card for f, card in zip(folders, cards, strict=True)]}, indent=2
+            )
+        )
         return
-    table = Table(
-        title=f"{card['format']}, {len(card['branches'])} branches, {card['dense_macs'] / 1e6:.1f} MMACs a sample"
-    )
-    for header in ("branch", "kind", "MMACs"):
-        table.add_column(header)
-    for branch in card["branches"]:
-        table.add_row(branch["name"], branch["kind"], f"{branch['macs'] / 1e6:.3f}")
-    print(render(table))
-    print(f"expected: {card['expected_macs_ratio']:.1%} of the branch MACs computed")
+    for folder, card in zip(folders, cards, strict=True):
+        if folder != options.directory:
+            print(folder.name)
+        table = Table(
+            title=f"{card['format']}, {len(card['branches'])} branches, {card['dense_macs'] / 1e6:.1f} MMACs a sample"
+        )
+        for header in ("branch", "kind", "MMACs"):
+            table.add_column(header)
+        for branch in card["branches"]:
+            table.add_row(branch["name"], branch["kind"], f"{branch['macs'] / 1e6:.3f}")
+        print(render(table))
+        print(f"expected: {card['expected_macs_ratio']:.1%} of the branch MACs computed")
 
 
 def _recipes(options: argparse.Namespace) -> None:

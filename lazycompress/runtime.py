@@ -203,13 +203,15 @@ class LazyModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyModel:
         # A change of dtype is for the weights: a gate in half precision would not know its timesteps apart.
         kept = {name: value.detach().clone() for name, value in self.gates.state_dict().items()}
-        before = self.dtype
+        before, places = self.dtype, self._places()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, parameter in self.gates.named_parameters():
                 parameter.data = kept[name].to(parameter.device)
         for name, buffer in self.gates.named_buffers():
             setattr(self.gates, name, kept[name].to(buffer.device))
+        if self._places() == places:
+            return self  # nothing moved: hooks that offload say before every call where the model is to be
         self._move_example(before)
         if self.dtype != before:
             self._programs.clear()  # they hold buffers and constants of the old dtype
@@ -218,6 +220,10 @@ class LazyModel(nn.Module):
                 program.forget()
         self._states.clear()
         return self
+
+    def _places(self) -> list[tuple[int, torch.device, torch.dtype]]:
+        """Where the model's values are, and as what."""
+        return [(t.data_ptr(), t.device, t.dtype) for t in (*self.model.parameters(), *self.model.buffers())]
 
     def _move_example(self, old: torch.dtype) -> None:
         tensors = [t.to(self.device, self.dtype if t.dtype is old else t.dtype) for t in self.example.tensors]

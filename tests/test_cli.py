@@ -46,7 +46,9 @@ def test_apply_then_export_then_summary(capsys: pytest.CaptureFixture[str], tmp_
     assert "openvino, 12 branches" in text
     assert f"expected: {report['macs_ratio']:.1%}" in text
     main(["verify", out, "--json"])
-    assert json.loads(capsys.readouterr().out)["ok"]
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"]
+    assert [(file["directory"], file["flipped"]) for file in said["files"]] == [(out, None)]
     assert "overwrite=True" in fails(capsys, ["export", "--model", str(WEIGHTS_DIR), "--gates", gates, out])
 
 

@@ -19,6 +19,9 @@ pytest.importorskip("optimum.intel")
 import openvino as ov
 
 import lazycompress
+from lazycompress import LazyCompressError
+from lazycompress.cli import main
+from lazycompress.export.check import verify
 from lazycompress.integrations.diffusers import export_folder, export_pipeline, optimum_knows, summary
 
 from .pipelines import PIPELINES
@@ -79,6 +82,9 @@ def test_optimum_intel_runs_the_folder_unmodified(name: str, tmp_path: Path) -> 
     lazycompress.apply(pipe, {"target": 0.6, "train": {"effort": 0.25}}, call_kwargs=call, progress=False)
     assert optimum_knows(type(pipe).__name__)
     export_pipeline(pipe, tmp_path / "out", "openvino", telemetry=True)
+    report = verify(tmp_path / "out" / "transformer")
+    assert report.ok
+    assert report.flipped == 0
     lazycompress.reset(pipe)
     expected = [sample(pipe, specimen.call)]
     skipped = summary(pipe).skip_ratio
@@ -96,7 +102,7 @@ def test_optimum_intel_runs_the_folder_unmodified(name: str, tmp_path: Path) -> 
     assert skipped > 0.2
 
 
-def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path) -> None:
+def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     PIPELINES["sd3"].make().save_pretrained(tmp_path / "pipe")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -119,6 +125,19 @@ def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path) -> None:
     images, said = elsewhere(tmp_path / "out", [PIPELINES["sd3"].call, PIPELINES["sd3"].other])
     assert said["ours"] == []
     assert np.array_equal(images[0], images[2])
+
+    # Our own commands know it for a pipeline.
+    main(["verify", str(tmp_path / "out")])
+    assert f"{tmp_path / 'out' / 'transformer'}: ok" in capsys.readouterr().out
+    main(["summary", str(tmp_path / "out")])
+    assert "transformer\n" in capsys.readouterr().out
+    with pytest.raises(LazyCompressError, match=r"is a pipeline.*verify .*transformer"):
+        verify(tmp_path / "out")
+    weights = tmp_path / "out" / "transformer" / "openvino_model.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path / "out")])
+    assert "export again" in capsys.readouterr().err
 
 
 def test_a_single_model_is_exported_alone(tmp_path: Path) -> None:

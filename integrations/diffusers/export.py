@@ -22,9 +22,9 @@ from typing import Any
 
 from ...errors import ExportError, InputError, MissingExtraError
 from ...export.card import CARD_FILE
-from ...export.folder import describe, need_place
+from ...export.folder import describe, finish, need_place, parity
 from ...export.folder import export as export_model
-from ...export.trace import Form, TracedModel, trace, widest
+from ...export.trace import Form, trace, widest
 from ...recipe import Recipe, load_recipe
 from ...storage import whole_folder
 from .loading import load_denoiser
@@ -66,7 +66,7 @@ def export_pipeline(
         try:
             if format == "openvino" and optimum_knows(type(pipeline).__name__):
                 loader = "optimum.intel.OVDiffusionPipeline"
-                _as_optimum(pipeline, lazy, folder, telemetry)
+                _as_optimum(pipeline, lazy, folder, target, telemetry)
             else:
                 loader = "lazycompress.integrations.diffusers.load_exported"
                 _as_diffusers(pipeline, lazy, folder, format, telemetry)
@@ -151,7 +151,7 @@ def _optimum_class(pipeline_class: str) -> Any:
         return None
 
 
-def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, telemetry: bool) -> None:
+def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, target: Path, telemetry: bool) -> None:
     try:
         import openvino as ov
         from optimum.exporters.openvino import main_export
@@ -184,18 +184,26 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
         path = part / to_openvino.MODEL_FILE
         if not path.is_file():
             raise ExportError(f"optimum-intel wrote no {path.name} for {name}; it wrote {_listed(folder)}")
+        dense_file = core.read_model(path)
+        for old in (path, path.with_suffix(".bin")):
+            old.unlink(missing_ok=True)
 
-        def convert(form: Form, model: LazyDenoiser = model) -> tuple[TracedModel, Any]:
+        def write(
+            form: Form,
+            name: str = name,
+            model: LazyDenoiser = model,
+            part: Path = part,
+            dense_file: ov.Model = dense_file,
+        ) -> dict[str, Any]:
             traced = trace(model, form=form)
-            return traced, to_openvino.convert(traced, telemetry=telemetry)
+            converted = to_openvino.with_ports_of(to_openvino.convert(traced, telemetry=telemetry), dense_file)
+            to_openvino.write(converted, part)
+            card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
+            card |= {"outputs": [port.get_any_name() for port in dense_file.outputs]}
+            card |= {"weights": "f32", "decide": "sample", "stages": model.stages}
+            return card | {"parity": parity(model, card, part, target / name, form.sizes)}
 
-        traced, converted = widest(model, name, convert)
-        converted = to_openvino.with_ports_of(converted, core.read_model(path))
-        path.unlink()
-        path.with_suffix(".bin").unlink(missing_ok=True)
-        to_openvino.write(converted, part)
-        card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
-        (part / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        finish(widest(model, name, write), part)
 
 
 def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, format: str, telemetry: bool) -> None:

@@ -32,6 +32,17 @@ def read_card(directory: str | Path) -> dict[str, Any]:
     return card
 
 
+def exports_in(directory: str | Path) -> list[Path]:
+    """The folders of an export's files: its own, or those of the denoisers of a pipeline.
+
+    Raises:
+        ExportError: the folder is no export.
+    """
+    folder = Path(directory)
+    names = read_card(folder).get("denoisers")
+    return [folder] if names is None else [folder / name for name in names]
+
+
 def tensors_of(inputs: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
     """The named inputs as tensors; numpy arrays are taken too.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ExportError
 from ..graph.sizes import resized
 from ..runtime import LazyModel
-from .card import read_card
+from .card import exports_in, read_card
 from .trace import Granularity, granularity
 
 CHECK_FILE = "lazycompress.check.safetensors"
@@ -153,11 +153,17 @@ def start(directory: Path, card: dict[str, Any] | None = None) -> Any:
 def verify(directory: str | Path) -> Report:
     """Re-check an export folder on this machine: its files are those of the card, load, and give what torch gave.
 
+    A pipeline has a folder for each denoiser, see `card.exports_in`.
+
     Raises:
-        ExportError: a file is missing or has another size, the model does not load, or the folder has no recorded calls.
+        ExportError: the folder is a pipeline's, a file is missing or has another size, the model does not load, or the
+            folder has no recorded calls.
     """
     folder = Path(directory)
     card = read_card(folder)
+    if "denoisers" in card:
+        inner = ", ".join(str(path) for path in exports_in(folder))
+        raise ExportError(f"{folder} is a pipeline, whose files are in folders of their own: verify {inner}")
     for name, size in card.get("files", {}).items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:

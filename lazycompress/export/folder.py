@@ -73,16 +73,10 @@ def export(
             for path in folder.iterdir():  # what the form before left
                 path.unlink()
             card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
-            return card | ({"parity": _check(lazy, card, folder, target, form.sizes)} if check else {})
+            return card | ({"parity": parity(lazy, card, folder, target, form.sizes)} if check else {})
 
         card = widest(lazy, type(lazy.model).__name__, write)
-        card["files"] = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CARD_FILE}
-        for path in folder.iterdir():
-            _flush(path)
-        # Last: what a killed export leaves has no card, and does not load.
-        write_card(card, folder)
-        for path in (folder / CARD_FILE, folder):
-            _flush(path)
+        finish(card, folder)
     return target
 
 
@@ -99,8 +93,15 @@ def need_place(target: Path, overwrite: bool) -> None:
             raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
 
 
-def _check(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
-    """Run the written file on recorded calls; returns how it compares.
+def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
+    """Record calls in torch, run the written file on them, and say for the card how it compares.
+
+    Args:
+        lazy: what the file was made from.
+        card: what `describe` gave, with "weights" and "decide".
+        folder: where the file is, and the record goes.
+        target: where the folder will be, for messages.
+        sizes: record calls of other sizes too.
 
     Raises:
         ExportError: it gives something else than torch.
@@ -123,9 +124,18 @@ def _check(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, si
     }
 
 
-def write_card(card: dict[str, Any], folder: Path) -> None:
-    """Write `lazycompress.json`."""
+def finish(card: dict[str, Any], folder: Path) -> None:
+    """Write `lazycompress.json` beside the files that it lists, and have all of them on the disk.
+
+    It comes last: what a killed export leaves has no card, and does not load.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.name != CARD_FILE]
+    card["files"] = {path.name: path.stat().st_size for path in files}
+    for path in files:
+        _flush(path)
     (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    for path in (folder / CARD_FILE, folder):
+        _flush(path)
 
 
 def _write(
@@ -203,4 +213,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["describe", "export", "need_place", "verify", "write_card"]
+__all__ = ["describe", "export", "finish", "need_place", "parity", "verify"]

@@ -41,8 +41,8 @@ from .page import PAGE_HELP, written
 #: Layers, heads, width of a head.
 SHAPES = {"S/2": (12, 6, 64), "B/2": (12, 12, 64), "XL/2": (28, 16, 72)}
 
-#: Timings of each step, the first ones left out; fewer where a step is slow.
-REPEATS, FIRST, SECONDS = 10, 2, 60.0
+#: Timings of each step, the first ones left out; fewer where steps are slow.
+REPEATS, LEAST, FIRST, SECONDS = 10, 5, 2, 60.0
 
 Step = Callable[[int, int], object]
 
@@ -187,7 +187,7 @@ def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
     times: dict[str, list[float]] = {label: [] for label in steps}
     started = time.perf_counter()
     for number in range(REPEATS + FIRST):
-        if number > FIRST and time.perf_counter() - started > SECONDS:
+        if number >= FIRST + LEAST and time.perf_counter() - started > SECONDS:
             break
         for label, step in steps.items():
             step(batch, 900 - 2 * number)
