@@ -107,6 +107,9 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     budgets = [Budget.of(lazy.branches, target, recipe.guards.kind_targets) for target in recipe.targets]
     group = Group.find()
     with own_noise(), progress_bar(effort.total(len(budgets)), "run", progress and group.main) as bar:
+        if not lazy.stages:
+            # Static: no stream is read for scores that nobody asks for here. Forecasts are made outside of the graph.
+            lazy.set_gates(lazy.gates.like(order=0, static=1))
         lazy.gates.order.fill_(recipe.forecast)
         calls = tell_calls_apart(lazy, sampler)
         check_memory(lazy, sampler, recipe, sum(map(len, calls)), group)
