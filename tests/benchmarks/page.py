@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+#: A bar of progress, with what has been done and how long it took: no result.
+_BAR = re.compile("━.* • ")
+
 PAGE_HELP = "put what is printed into this page, in place of what the same command printed before"
 
 
@@ -36,7 +39,8 @@ def written(page: Path | None, name: str) -> Iterator[None]:
         yield
     words = [word for word in sys.argv[1:] if word not in ("--write", str(page))]
     command = " ".join(["python -m", f"tests.benchmarks.{name}", *words])
-    body = f"`{command}` on {machine()}:\n\n```text\n{kept.getvalue().rstrip()}\n```\n"
+    lines = [line.rstrip() for line in kept.getvalue().splitlines() if not _BAR.search(line)]
+    body = "\n".join([f"`{command}` on {machine()}:\n", "```text", *lines, "```\n"])
     text = page.read_text(encoding="utf-8")
     page.write_text(marks.sub(lambda found: f"{found[1]}{body}{found[2]}", text), encoding="utf-8")
 
