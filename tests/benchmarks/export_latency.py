@@ -121,6 +121,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--forecast", type=int, default=2, help="order of the forecast")
     parser.add_argument("--by-branch", action="store_true", help="files with a branch for each gate, too")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="timings of each step, where steps are not slow")
+    parser.add_argument("--least", type=int, default=LEAST, help="timings of each step, however slow")
+    parser.add_argument(
+        "--gates-alone", action="store_true", help="only the dense file and the lazy one that reuses nothing"
+    )
     parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
     with written(options.write, "export_latency"):
@@ -138,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
                 if format == "onnx" and precision != "f32":
                     continue  # ONNX Runtime computes in float32 on CPUs
                 with tempfile.TemporaryDirectory() as name:
-                    compare(model, lazy, shape, format, precision, options.batch, Path(name), options.by_branch)
+                    compare(model, lazy, shape, format, precision, Path(name), options)
                 gc.collect()
 
 
@@ -148,16 +153,17 @@ def compare(
     shape: str,
     format: str,
     precision: str,
-    batches: list[int],
     folder: Path,
-    by_branch: bool,
+    options: argparse.Namespace,
 ) -> None:
     """One file format and precision: dense, and lazy files that differ in what they reuse."""
     steps: dict[str, Step] = {"dense": dense_step(model, format, folder, precision)}
-    if precision == "f32":
+    if precision == "f32" and not options.gates_alone:
         steps["torch eager"] = eager_step(model)
-    kinds = [("nothing reused", 0.0, False), ("all reused", 1.0, False), ("half of the blocks", 0.5, False)]
-    if by_branch:
+    kinds = [("nothing reused", 0.0, False)]
+    if not options.gates_alone:
+        kinds += [("all reused", 1.0, False), ("half of the blocks", 0.5, False)]
+    if options.by_branch:
         kinds += [("nothing, by branch", 0.0, True), ("all, by branch", 1.0, True)]
     for label, reused, apart in kinds:
         force(lazy, reused, apart)
@@ -173,21 +179,21 @@ def compare(
             steps[label.replace("all", "half lazy").replace(" reused", "")] = lambda b, t, runner=twin: runner(
                 **mixed_inputs(b, t)
             )
-    for batch in batches:
-        report(f"{shape:4} {format:8} {precision:4} batch {batch}", steps, batch)
+    for batch in options.batch:
+        report(f"{shape:4} {format:8} {precision:4} batch {batch}", steps, batch, options.repeats, options.least)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{shape:4} {format:8} {precision:4} peak memory of all of it so far {peak:.2f} GiB", flush=True)
 
 
-def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
+def measure(steps: dict[str, Step], batch: int, repeats: int = REPEATS, least: int = LEAST) -> dict[str, float]:
     """Seconds of one step each, the smallest of several: all in turn.
 
     A step comes twice and the second time counts: threads of the one before it spin for a while, and take its cores.
     """
     times: dict[str, list[float]] = {label: [] for label in steps}
     started = time.perf_counter()
-    for number in range(REPEATS + FIRST):
-        if number >= FIRST + LEAST and time.perf_counter() - started > SECONDS:
+    for number in range(repeats + FIRST):
+        if number >= FIRST + least and time.perf_counter() - started > SECONDS:
             break
         for label, step in steps.items():
             step(batch, 900 - 2 * number)
@@ -197,9 +203,10 @@ def measure(steps: dict[str, Step], batch: int) -> dict[str, float]:
     return {label: float(np.min(values[FIRST:])) for label, values in times.items()}
 
 
-def report(title: str, steps: dict[str, Step], batch: int) -> None:
-    best = measure(steps, batch)
-    best["half of the steps"] = (best["nothing reused"] + best["all reused"]) / 2
+def report(title: str, steps: dict[str, Step], batch: int, repeats: int, least: int) -> None:
+    best = measure(steps, batch, repeats, least)
+    if "all reused" in best:
+        best["half of the steps"] = (best["nothing reused"] + best["all reused"]) / 2
     for label, seconds in best.items():
         line = f"{title}: {label:21} {seconds * 1e3:8.1f} ms  {seconds / best['dense']:.3f} of dense"
         base = "nothing, by branch" if label.endswith("by branch") else "nothing reused"
