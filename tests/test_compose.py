@@ -332,7 +332,11 @@ def test_layers_outside_of_branches_are_left_out_by_measurement_too(tmp_path: Pa
     report = quantize(lazy, sampler, options)
     assert "proj_out_2" in report.spared
     found = openvino_matmuls(lazycompress.export(lazy, tmp_path / "out"))
-    left = len(report.spared) - report.left
+    # Which others hurt too differs between processors; convolutions are no matmuls.
+    layers = dict(model.named_modules())
+    outside = [name for name in report.spared if ".attn" not in name and ".ff." not in name]
+    assert len(outside) == len(report.spared) - report.left
+    left = sum(isinstance(layers[name], nn.Linear) for name in outside)
     assert found["outside", "f32", False] == left, "static gates multiply nothing"
 
 
