@@ -34,6 +34,10 @@ _log = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
 
+#: A denoiser in optimum-intel's layout may differ from torch by this share of its largest output: linear attention over
+#: random weights (a tiny Sana) differs by 4e-4.
+_TOLERANCE = 1e-3
+
 #: `owner/name`, as the hub has it.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -201,7 +205,7 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
             card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
             card |= {"outputs": [port.get_any_name() for port in dense_file.outputs]}
             card |= {"weights": "f32", "decide": "sample", "stages": model.stages}
-            return card | {"parity": parity(model, card, part, target / name, form.sizes)}
+            return card | {"parity": parity(model, card, part, target / name, form.sizes, _TOLERANCE)}
 
         finish(widest(model, name, write), part)
 

@@ -93,7 +93,9 @@ def need_place(target: Path, overwrite: bool) -> None:
             raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
 
 
-def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
+def parity(
+    lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool, tolerance: float = 0.0
+) -> dict[str, Any]:
     """Record calls in torch, run the written file on them, and say for the card how it compares.
 
     Args:
@@ -102,6 +104,7 @@ def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, si
         folder: where the file is, and the record goes.
         target: where the folder will be, for messages.
         sizes: record calls of other sizes too.
+        tolerance: allow at least this difference, as a share of the largest output.
 
     Raises:
         ExportError: it gives something else than torch.
@@ -109,7 +112,7 @@ def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, si
     found = record(lazy, card["decide"], sizes)
     save_record(found, folder)
     exact = card["weights"] == "f32" and not lazy.stages
-    tolerance = max(_TOLERANCES[card["weights"]], _COMPOSED if lazy.stages else 0.0)
+    tolerance = max(tolerance, _TOLERANCES[card["weights"]], _COMPOSED if lazy.stages else 0.0)
     try:
         report = compare(target, found, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
     except RuntimeError as error:
