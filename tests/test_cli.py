@@ -82,6 +82,15 @@ def test_bad_input_is_one_line_and_exit_code_one(
     assert expected in fails(capsys, arguments)
 
 
+@pytest.mark.parametrize("card", ["{", "[]", "{}"])
+@pytest.mark.parametrize("command", ["summary", "verify"])
+def test_a_card_that_no_export_wrote_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, card: str
+) -> None:
+    (tmp_path / "lazycompress.json").write_text(card)
+    assert str(tmp_path / "lazycompress.json") in fails(capsys, [command, str(tmp_path)])
+
+
 def test_wrong_usage_exits_with_two() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["locate"])

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,6 @@ from .pipelines import LazyDenoiser, apply_to_pipeline, disable, enable, lazy_de
 _log = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
-
-#: A denoiser in optimum-intel's layout may differ from torch by this share of its largest output: linear attention over
-#: random weights (a tiny Sana) differs by 4e-4.
-_TOLERANCE = 1e-3
 
 #: `owner/name`, as the hub has it.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -163,12 +160,12 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
         raise MissingExtraError("optimum-intel", "optimum", "exporting a pipeline to OpenVINO") from error
     from ...export import openvino as to_openvino
 
-    with tempfile.TemporaryDirectory() as dense, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as saved, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline.save_pretrained(dense)
+        pipeline.save_pretrained(saved)
         try:
             main_export(
-                dense, output=folder, task=_optimum_class(type(pipeline).__name__).export_feature,
+                saved, output=folder, task=_optimum_class(type(pipeline).__name__).export_feature,
                 library_name="diffusers", convert_tokenizer=False,
             )  # fmt: skip
         except Exception as error:
@@ -183,31 +180,29 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
                 name,
                 model.turns,
             )
-    for name, model in lazy.items():
         part = folder / name
         path = part / to_openvino.MODEL_FILE
         if not path.is_file():
             raise ExportError(f"optimum-intel wrote no {path.name} for {name}; it wrote {_listed(folder)}")
-        dense_file = core.read_model(path)
+        dense = core.read_model(path)
         for old in (path, path.with_suffix(".bin")):
             old.unlink(missing_ok=True)
-
-        def write(
-            form: Form,
-            name: str = name,
-            model: LazyDenoiser = model,
-            part: Path = part,
-            dense_file: ov.Model = dense_file,
-        ) -> dict[str, Any]:
-            traced = trace(model, form=form)
-            converted = to_openvino.with_ports_of(to_openvino.convert(traced, telemetry=telemetry), dense_file)
-            to_openvino.write(converted, part)
-            card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
-            card |= {"outputs": [port.get_any_name() for port in dense_file.outputs]}
-            card |= {"weights": "f32", "decide": "sample", "stages": model.stages}
-            return card | {"parity": parity(model, card, part, target / name, form.sizes, _TOLERANCE)}
-
+        write = partial(_write_with_ports_of, dense, model, part, target / name, telemetry)
         finish(widest(model, name, write), part)
+
+
+def _write_with_ports_of(
+    dense: Any, model: LazyDenoiser, part: Path, target: Path, telemetry: bool, form: Form
+) -> dict[str, Any]:
+    """Write a denoiser that is called as the OpenVINO model `dense` is; returns the card."""
+    from ...export import openvino as to_openvino
+
+    traced = trace(model, form=form)
+    converted = to_openvino.with_ports_of(to_openvino.convert(traced, telemetry=telemetry), dense)
+    to_openvino.write(converted, part)
+    card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
+    card["outputs"] = [port.get_any_name() for port in dense.outputs]
+    return card | {"parity": parity(model, card, part, target, form.sizes)}
 
 
 def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, format: str, telemetry: bool) -> None:

@@ -20,7 +20,7 @@ def read_card(directory: str | Path) -> dict[str, Any]:
     """`lazycompress.json` of an export.
 
     Raises:
-        ExportError: the folder has none.
+        ExportError: the folder has none, or one that no export wrote.
     """
     path = Path(directory) / CARD_FILE
     if not path.is_file():
@@ -29,6 +29,10 @@ def read_card(directory: str | Path) -> dict[str, Any]:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None
+    if not isinstance(card, dict) or not {"denoisers", "branches"} & card.keys():
+        raise ExportError(
+            f"{path} says nothing of branches or denoisers: it is not what an export writes; export again"
+        )
     return card
 
 
