@@ -1,0 +1,1 @@
+"""The module engine: the user's own module, some of whose calls are not computed."""

@@ -1,0 +1,77 @@
+"""A plan: which calls of one image compute, and what the others give.
+
+A call that computes nothing gives the polynomial through the last computed outputs of its image, at most `order + 1` of them:
+TaylorSeer's forecast (arXiv 2503.06923) of the model's output in place of every branch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+#: Forecasts are of this order at most: noise in the outputs is multiplied by about 2 ** order.
+HIGHEST_ORDER = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which calls of one image compute.
+
+    Attributes:
+        timesteps: of the calls, in their order; samplers of second order name one twice.
+        computes: one for each call; the first is true.
+        order: of the forecast, 0 (the last output again), 1 or 2.
+
+    Raises:
+        InputError: the lengths differ, a timestep is not finite, the first call does not compute, or there is no such order.
+    """
+
+    timesteps: tuple[float, ...]
+    computes: tuple[bool, ...]
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if len(self.timesteps) != len(self.computes) or not self.timesteps:
+            raise InputError(
+                f"a plan has a decision for each timestep: there were {len(self.timesteps)} timesteps and "
+                f"{len(self.computes)} decisions"
+            )
+        if not all(math.isfinite(t) for t in self.timesteps):
+            raise InputError("a plan's timesteps are finite numbers; one was not")
+        if not self.computes[0]:
+            raise InputError("the first call of a plan computes: there is nothing to forecast from before it")
+        if self.order not in range(HIGHEST_ORDER + 1):
+            raise InputError(f"a plan's forecast has order 0, 1 or 2; there was {self.order!r}")
+
+    @property
+    def share(self) -> float:
+        """Computed share of the calls, in (0, 1]."""
+        return sum(self.computes) / len(self.computes)
+
+
+def dense(timesteps: Sequence[float]) -> Plan:
+    """The plan that computes everything."""
+    return Plan(tuple(timesteps), (True,) * len(timesteps))
+
+
+def even(timesteps: Sequence[float], share: float, order: int = 2) -> Plan:
+    """The plan that computes calls as evenly spread as they go, the first among them: at most `share` of them."""
+    calls = len(timesteps)
+    computed = max(1, math.floor(share * calls + 1e-9))
+    chosen = {k * calls // computed for k in range(computed)}
+    return Plan(tuple(timesteps), tuple(k in chosen for k in range(calls)), order)
+
+
+def lagrange(times: Sequence[float], at: float) -> list[float]:
+    """Weights of values at `times`, all different, in the polynomial through them at `at` (Lagrange's form)."""
+    found = []
+    for i, own in enumerate(times):
+        weight = 1.0
+        for j, other in enumerate(times):
+            if i != j:
+                weight *= (at - other) / (own - other)
+        found.append(weight)
+    return found
