@@ -22,7 +22,7 @@ from lazycompress.integrations.diffusers import (
     set_policy,
 )
 
-from .pipelines import PIPELINES, make_dit, make_wan
+from tests.pipelines import PIPELINES, make_dit, make_wan
 
 STEPS = 6
 
