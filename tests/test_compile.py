@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lazycompress.runtime import LazyModel, wrap
-
 from tests.benchmarks.compiled import STEPS, breaks_of, compile_network, make_gates
 from tests.zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
 

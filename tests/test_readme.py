@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lazycompress.cli import main
-
 from tests.quickstart import README, QuickStart, prepare, quick_starts, run
 
 STARTS = quick_starts()

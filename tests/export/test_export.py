@@ -28,7 +28,6 @@ from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
 from lazycompress.runtime import LazyModel, wrap
-
 from tests.conftest import make_lively_gates
 from tests.export_models import lively, small_dit, small_inputs
 

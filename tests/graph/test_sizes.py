@@ -19,7 +19,6 @@ from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import locate_branches
 from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap
-
 from tests.coverage import difference, specimens
 from tests.export_models import Reference, lively
 from tests.zoo.specimen import Specimen, built

@@ -21,7 +21,6 @@ from lazycompress.integrations.diffusers import (
     load_lazy,
     set_policy,
 )
-
 from tests.pipelines import PIPELINES, make_dit, make_wan
 
 STEPS = 6

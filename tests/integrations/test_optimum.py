@@ -23,7 +23,6 @@ from lazycompress import LazyCompressError
 from lazycompress.cli import main
 from lazycompress.export.check import verify
 from lazycompress.integrations.diffusers import export_folder, export_pipeline, optimum_knows, summary
-
 from tests.pipelines import PIPELINES
 
 STEPS = 6
