@@ -258,7 +258,7 @@ def render(rows: list[Row]) -> str:
     lines = [
         "# Coverage",
         "",
-        "Written by `python -m tests.coverage --write docs/coverage.md`; `tests/test_coverage.py` fails where a cell gets "
+        "Written by `python -m tests.coverage --write docs/coverage.md`; `tests/graph/test_coverage.py` fails where a cell gets "
         "worse.",
         f"{classes} models of diffusers and {len(rows) - classes} written for the tests, tiny and with random weights.",
         "",

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lazycompress.runtime import LazyModel, wrap
-
-from .benchmarks.compiled import STEPS, breaks_of, compile_network, make_gates
-from .zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
+from tests.benchmarks.compiled import STEPS, breaks_of, compile_network, make_gates
+from tests.zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
 
 
 @pytest.fixture(scope="module")

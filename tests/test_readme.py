@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lazycompress.cli import main
-
-from .quickstart import README, QuickStart, prepare, quick_starts, run
+from tests.quickstart import README, QuickStart, prepare, quick_starts, run
 
 STARTS = quick_starts()
 DOCS = [README, *sorted((README.parent / "docs").glob("*.md"))]

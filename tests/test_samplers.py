@@ -16,8 +16,7 @@ from lazycompress.gate import Gates
 from lazycompress.report import Usage
 from lazycompress.runtime import LazyModel, wrap
 from lazycompress.train.trainer import _gates_of, clock_times, tell_calls_apart
-
-from .conftest import make_lively_gates
+from tests.conftest import make_lively_gates
 
 BATCH, STEPS, NULL, GUIDANCE = 16, 6, 19, 2.0
 SCHEDULERS: dict[str, dict[str, Any]] = {

@@ -25,8 +25,7 @@ from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.export.trace import Granularity
 from lazycompress.runtime import LazyModel, wrap
-
-from .export_models import Reference, alike, small_dit, small_inputs, small_lazy
+from tests.export_models import Reference, alike, small_dit, small_inputs, small_lazy
 
 TIMES = list(range(980, -1, -20))
 

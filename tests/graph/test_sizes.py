@@ -19,12 +19,11 @@ from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import locate_branches
 from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap
-
-from .coverage import difference, specimens
-from .export_models import Reference, lively
-from .zoo.specimen import Specimen, built
-from .zoo.styles_llama import TEXT, CrossAttention
-from .zoo.styles_parts import HEADS, WIDTH, FusedAttention, TimeEmbed
+from tests.coverage import difference, specimens
+from tests.export_models import Reference, lively
+from tests.zoo.specimen import Specimen, built
+from tests.zoo.styles_llama import TEXT, CrossAttention
+from tests.zoo.styles_parts import HEADS, WIDTH, FusedAttention, TimeEmbed
 
 ZOO = {specimen.name: specimen for specimen in specimens()}
 

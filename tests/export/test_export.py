@@ -28,9 +28,8 @@ from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
 from lazycompress.runtime import LazyModel, wrap
-
-from .conftest import make_lively_gates
-from .export_models import lively, small_dit, small_inputs
+from tests.conftest import make_lively_gates
+from tests.export_models import lively, small_dit, small_inputs
 
 BATCH = 4
 

@@ -15,10 +15,9 @@ from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.graph.capture import take_apart
 from lazycompress.graph.insert import find_timestep
 from lazycompress.runtime import LazyModel, wrap
-
-from .export_models import Reference, alike, lively, loop, tensors_only
-from .zoo import diffusers_image, diffusers_video
-from .zoo.specimen import Specimen
+from tests.export_models import Reference, alike, lively, loop, tensors_only
+from tests.zoo import diffusers_image, diffusers_video
+from tests.zoo.specimen import Specimen
 
 STEPS = 50
 

@@ -23,8 +23,7 @@ from lazycompress import LazyCompressError
 from lazycompress.cli import main
 from lazycompress.export.check import verify
 from lazycompress.integrations.diffusers import export_folder, export_pipeline, optimum_knows, summary
-
-from .pipelines import PIPELINES
+from tests.pipelines import PIPELINES
 
 STEPS = 6
 

@@ -21,8 +21,7 @@ from lazycompress.integrations.diffusers import (
     load_lazy,
     set_policy,
 )
-
-from .pipelines import PIPELINES, make_dit, make_wan
+from tests.pipelines import PIPELINES, make_dit, make_wan
 
 STEPS = 6
 

@@ -24,9 +24,8 @@ from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
 from lazycompress.recipe import IgnoredScope, Quantize, Weights, load_recipe
 from lazycompress.runtime import LazyModel, wrap
-
-from .compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
-from .conftest import make_lively_gates
+from tests.compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
+from tests.conftest import make_lively_gates
 
 FORMATS = ["openvino", "onnx"]
 
