@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+import lazycompress.integrations.diffusers  # noqa: F401 - what its first import changes is not a try's
 import tests.hostile
 from lazycompress.errors import LazyCompressError
 
