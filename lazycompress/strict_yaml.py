@@ -63,7 +63,7 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         said = " ".join(f"{error.context or ''} {error.problem or ''}".split())
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{where}{'' if mark is None else f' line {mark.line + 1}'}: not YAML: {said}") from None
+        raise RecipeError(f"{where} is not YAML: {'' if mark is None else f'line {mark.line + 1}: '}{said}") from None
     except _RefusedError as error:
         raise RecipeError(f"{where} line {error.line}: {error}") from None
     except yaml.YAMLError as error:  # characters that YAML does not allow

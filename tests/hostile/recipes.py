@@ -72,7 +72,6 @@ def itself() -> dict[str, Any]:
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "\n".join(
     f"{now}: &{now} [{', '.join([f'*{before}'] * 10)}]" for before, now in zip("abcdefgh", "bcdefghi", strict=True)
 )
-NOT_YAML = "line 1: not YAML"
 HUGE = 10**26
 
 TRIES = [
@@ -116,11 +115,13 @@ TRIES = [
     file(
         "a tag of Python's",
         "target: !!python/object/apply:os.system [true]",
-        r"line 1: not YAML: could not determine a con",
+        r"is not YAML: line 1: could not determine a con",
     ),
-    file("a tag of its own", "target: !share 0.5", "line 1: not YAML: could not determine a constructor for the tag"),
-    file("two documents", "target: 0.5\n---\ntarget: 0.6", "line 2: not YAML: expected a single document"),
-    file("tabs", "guards:\n\tmax_reuse: 1", "line 2: not YAML"),
+    file(
+        "a tag of its own", "target: !share 0.5", "is not YAML: line 1: could not determine a constructor for the tag"
+    ),
+    file("two documents", "target: 0.5\n---\ntarget: 0.6", "is not YAML: line 2: expected a single document"),
+    file("tabs", "guards:\n\tmax_reuse: 1", "is not YAML: line 2"),
     file("an open bracket", "target: [0.5", "not YAML"),
     file("a date that is none", "target: 2020-13-45", "cannot be read: month must be in"),
     file("a number of 5000 digits", "target: " + "9" * 5000, "cannot be read|there was"),
@@ -296,12 +297,12 @@ TRIES = [
     set_("=0.4", "write KEY=VALUE"),
     set_("", "write KEY=VALUE", "nothing"),
     set_("target=", "--set|valid number"),
-    set_("target=[a", "--set 'target' line 1: not YAML"),
+    set_("target=[a", "--set 'target' is not YAML: line 1"),
     set_("target={a: 1, a: 2}", "the key 'a' is there twice"),
-    set_("target=!!python/object/apply:os.system [true]", "--set 'target' line 1: not YAML: could not determine"),
+    set_("target=!!python/object/apply:os.system [true]", "--set 'target' is not YAML: line 1: could not determine"),
     set_("target=*a", "stands for nothing"),
     set_("target=" + "[" * 3000, "more than 32 lists", "lists in each other"),
-    set_("target=a: b: c", "--set 'target' line 1: not YAML"),
+    set_("target=a: b: c", "--set 'target' is not YAML: line 1"),
     set_("target=\x00", "not YAML", "a NUL byte"),
     set_("target=true", "true and false are no values here"),
     set_("target=.nan", "finite number"),
