@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..report import Usage
 from ..runtime import LazyModel
 from ..sampling import Sampler
 from .budget import TOLERANCE
-from .runs import errors_of_gates, own_noise
+from .runs import errors_of_gates
 from .schedule import Bools, run_lengths
 from .trainer import TrainReport, _gates_of, clock_times
 

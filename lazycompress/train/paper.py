@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..gate import FORBIDDEN, Gates
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler, first_tensor
@@ -31,7 +32,7 @@ from .checkpoint import Checkpoint, about
 from .distributed import Group
 from .latents import RealLatents, Recorded, Source
 from .memory import check_memory, training_mode
-from .runs import errors_of_gates, own_noise, progress_bar
+from .runs import errors_of_gates, progress_bar
 from .trainer import TrainReport, clock_times, excluded_branches, tell_calls_apart
 
 UPDATES = 500

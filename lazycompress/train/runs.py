@@ -98,7 +98,8 @@ class Runs:
         dense = self._finals.get(seed) if schedule is not None else None
         with training_mode(self.lazy, self.recipe):
             found = linearise(
-                self.lazy, self.sampler, chosen, seed=seed, probes=probes, max_age=self.recipe.guards.max_reuse,
+                self.lazy, self.sampler, chosen, seed=seed, probes=probes,
+                max_age=min(self.recipe.guards.max_reuse, self.steps),
                 dense=None if dense is None else dense.to(self.lazy.device),
             )  # fmt: skip
         values = {field.name: getattr(found, field.name) for field in fields(Effects)}
@@ -154,19 +155,9 @@ def progress_bar(total: int, unit: str, shown: bool) -> Iterator[Progress]:
         yield Progress(bar)
 
 
-@contextmanager
-def own_noise() -> Iterator[None]:
-    """Torch's global generator is at the end of the block as it was before."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def square_error(image: Tensor, dense: Tensor) -> Tensor:
-    """Mean squared error of each image, float32 [batch]."""
-    return (image - dense).float().square().reshape(image.shape[0], -1).mean(dim=1)
+    """Mean squared error of each image, float32 [batch]; infinite where an image is not of finite numbers."""
+    return (image - dense).float().square().reshape(image.shape[0], -1).mean(dim=1).nan_to_num(nan=torch.inf)
 
 
 def errors_of_gates(lazy: LazyModel, sampler: Sampler, seeds: Sequence[int]) -> Tensor:

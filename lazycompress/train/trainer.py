@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError, RecipeError
 from ..gate import Gates
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler
@@ -28,7 +29,7 @@ from .budget import Budget
 from .checkpoint import Checkpoint, about
 from .distributed import Group
 from .memory import check_memory
-from .runs import Progress, Runs, own_noise, progress_bar
+from .runs import Progress, Runs, progress_bar
 from .schedule import Bools, Limits, Planner
 from .trajectory import Effects, run
 from .whole import exchanged, is_whole, of_whole, steps_of
