@@ -99,7 +99,8 @@ class _Run:
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         where = f"call {len(self.calls) + 1} of the sampling run"
-        inputs = _tensors(self._signature.bind(*args, **kwargs).arguments)
+        paths, _ = pytree.tree_flatten_with_path(self._signature.bind(*args, **kwargs).arguments)
+        inputs = {path_name(path): value for path, value in paths if isinstance(value, Tensor)}
         streams = [name for name, value in inputs.items() if value.dim() >= 3 and value.is_floating_point()]
         latents = next(iter(streams), next(iter(inputs), ""))
         for name, value in inputs.items():
@@ -116,7 +117,7 @@ class _Run:
                 f"{where}: {self.name} changes its input {changed[0]} in place, which a reused call would not do: "
                 "clone it in forward"
             )
-        values = [_some(value) for value in _tensors(output).values()]
+        values = [_some(value) for value in _tensors(output)]
         if not self.calls and not all(map(_close, values, self._again(where, args, kwargs, inputs))):
             raise InputError(
                 f"{where}: {self.name} gave two outputs for the same call: it draws random numbers, counts its calls or "
@@ -129,7 +130,7 @@ class _Run:
         return output
 
     def _again(self, where: str, args: Any, kwargs: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-        return [_some(value) for value in _tensors(self._output(where, args, kwargs, inputs)).values()]
+        return [_some(value) for value in _tensors(self._output(where, args, kwargs, inputs))]
 
     def _output(self, where: str, args: Any, kwargs: Any, inputs: dict[str, Tensor]) -> Any:
         try:
@@ -142,7 +143,7 @@ class _Run:
                 f"{where}: {self.name} raised {type(error).__name__}: {shortened(str(error), 150)}; it was given "
                 f"{shortened(told, 150)}{_and(on_meta(self.model))}"
             ) from error
-        for value in _tensors(output).values():
+        for value in _tensors(output):
             if value.is_meta:
                 raise InputError(f"{where}: {self.name} runs on the meta device{_and(on_meta(self.model))}")
             if found := not_finite(value):
@@ -202,10 +203,8 @@ def _compare(name: str, first: _Run, again: _Run) -> None:
         )
 
 
-def _tensors(values: Any) -> dict[str, Tensor]:
-    """The tensors in nested arguments or outputs, by their path."""
-    found, _ = pytree.tree_flatten_with_path(values)
-    return {path_name(path): value for path, value in found if isinstance(value, Tensor)}
+def _tensors(output: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
 
 
 def _some(value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from . import targets
 from .contexts import States
-from .errors import InputError, LazyCompressError, LocateError
+from .errors import InputError, LazyCompressError, LocateError, shown
 from .gate import Gates, fingerprint, timestep_per_sample
 from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
@@ -22,6 +22,7 @@ from .graph.locate import Branch, locate_branches
 from .graph.lower import Controller, lazy_branches, lower
 from .graph.lower_whole import lower_whole
 from .graph.ops import macs_of
+from .models import place_of
 from .recipe import Recipe
 from .report import Summary, Usage
 
@@ -32,6 +33,10 @@ Policy = Literal["learned", "compute", "reuse"]
 _Result = TypeVar("_Result")
 
 _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
+
+
+#: What a copy has besides model, example and gates.
+_COPIED = ("recipe", "training_report", "reports", "_policy")
 
 
 class _Program:
@@ -150,11 +155,11 @@ class LazyModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         own = getattr(self.model, "dtype", None)
-        return own if isinstance(own, torch.dtype) else next(self.model.parameters()).dtype
+        return own if isinstance(own, torch.dtype) else place_of(self.model)[0]
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return place_of(self.model)[1]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -191,8 +196,8 @@ class LazyModel(nn.Module):
 
     @policy.setter
     def policy(self, value: Policy) -> None:
-        if value not in ("learned", "compute", "reuse"):
-            raise LazyCompressError(f"policy: there is no {value!r}; use 'learned', 'compute' or 'reuse'")
+        if not isinstance(value, str) or value not in ("learned", "compute", "reuse"):
+            raise LazyCompressError(f"policy: there is no {shown(value)}; use 'learned', 'compute' or 'reuse'")
         self._policy = value
 
     def reset(self) -> None:
@@ -220,6 +225,17 @@ class LazyModel(nn.Module):
                 program.forget()
         self._states.clear()
         return self
+
+    def __reduce__(self) -> Any:
+        # A copy, or what was pickled, is captured again: graphs hold functions that neither can be done with.
+        if self.stages:
+            raise LazyCompressError(
+                f"a lazy model that went through {', '.join(self.stages)} cannot be copied or pickled: copy the dense model "
+                "and make it lazy again, or export it"
+            )
+        names = (*_COPIED, *type(self).__dict__.get("__annotations__", ()))
+        kept = {name: value for name, value in vars(self).items() if name in names}
+        return _captured_again, (type(self), self.model, self.example, self.gates, self.timestep_input), kept
 
     def _places(self) -> list[tuple[int, torch.device, torch.dtype]]:
         """Where the model's values are, and as what."""
@@ -422,6 +438,12 @@ class LazyModel(nn.Module):
     def summary(self) -> Summary:
         """What was found, and what has been reused since the last `reset()`."""
         return self.usage.summary(self.branches)
+
+
+def _captured_again(
+    kind: type[LazyModel], model: nn.Module, example: Call, gates: Gates, timestep_input: str | None
+) -> LazyModel:
+    return kind(model, example, gates, timestep_input=timestep_input)
 
 
 def wrap(

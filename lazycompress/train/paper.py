@@ -102,12 +102,16 @@ def train_paper(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
             if group.main and (k + 1) % KEEP_EVERY == 0:
                 checkpoint.put(KEPT, update.kept(k + 1))
         ratio = set_threshold(lazy, sampler, recipe.targets[0], seed + RUNS)
-        errors = errors_of_gates(lazy, sampler, [seed + RUNS + 1])
+        judged = errors_of_gates(lazy, sampler, [seed + RUNS + 1])
     forwards = (5.0 + source.forwards) * updates * group.size + len(calls[0]) * (RUNS + 12)
-    return TrainReport(
-        recipe.targets[0], ratio, float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)), forwards,
-        time.perf_counter() - started, [float(errors.mean())],
-    )  # fmt: skip
+    return TrainReport.of(
+        recipe.targets[0],
+        judged,
+        macs_ratio=ratio,
+        forwards=forwards,
+        seconds=time.perf_counter() - started,
+        history=[float(judged.errors.mean())],
+    )
 
 
 class _Update:
