@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,46 @@ def signature_of(model: nn.Module) -> inspect.Signature:
         raise InputError(
             f"the model is {what}, whose forward has no signature: pass the nn.Module it was made from"
         ) from None
+
+
+def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The arguments of `model.forward(*args, **kwargs)` by the names of its parameters.
+
+    Raises:
+        InputError: they do not fit; says which parameters there are.
+    """
+    signature = signature_of(model)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"the inputs do not fit {type(model).__name__}.forward: {error}; its parameters are "
+            f"{', '.join(signature.parameters)}"
+        ) from None
+
+
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments as keyword arguments.
+
+    Raises:
+        InputError: some are only known by their position.
+    """
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise InputError(f"the model's forward takes *{name}: pass its inputs by keyword")
+        if kind is not inspect.Parameter.VAR_POSITIONAL:
+            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
+
+
+def described(value: Tensor) -> str:
+    """Dtype and shape of a tensor, and the range of integers."""
+    text = f"{str(value.dtype)[6:]}{list(value.shape)}"
+    if value.is_floating_point() or value.is_complex() or value.is_meta or not value.numel():
+        return text
+    return f"{text} from {int(value.min())} to {int(value.max())}"
 
 
 def place_of(model: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError, LazyCompressError, shortened
 from .graph.capture import path_name
-from .models import bad_weight, evaluating, not_finite, on_meta, signature_of
+from .models import bad_weight, bind, described, evaluating, not_finite, on_meta
 from .noise import own_noise
 from .sampling import Enough, Sampler, StandIn, checked
 
@@ -87,7 +87,6 @@ class _Run:
         self.stops = stops
         self.calls: list[_Seen] = []
         self.name = type(model).__name__
-        self._signature = signature_of(model)
         self._thread = threading.current_thread()
 
     def sample(self, sampler: Sampler) -> Tensor | None:
@@ -99,7 +98,7 @@ class _Run:
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         where = f"call {len(self.calls) + 1} of the sampling run"
-        paths, _ = pytree.tree_flatten_with_path(self._signature.bind(*args, **kwargs).arguments)
+        paths, _ = pytree.tree_flatten_with_path(bind(self.model, args, kwargs).arguments)
         inputs = {path_name(path): value for path, value in paths if isinstance(value, Tensor)}
         streams = [name for name, value in inputs.items() if value.dim() >= 3 and value.is_floating_point()]
         latents = next(iter(streams), next(iter(inputs), ""))
@@ -138,7 +137,7 @@ class _Run:
         except LazyCompressError:
             raise
         except Exception as error:
-            told = ", ".join(f"{name} {_described(value)}" for name, value in inputs.items())
+            told = ", ".join(f"{name} {described(value)}" for name, value in inputs.items())
             raise InputError(
                 f"{where}: {self.name} raised {type(error).__name__}: {shortened(str(error), 150)}; it was given "
                 f"{shortened(told, 150)}{_and(on_meta(self.model))}"
@@ -226,13 +225,6 @@ def _close(one: Tensor, two: Tensor) -> bool:
         (one[finite].double() - two[finite].double()).square().mean().sqrt() if bool(finite.any()) else torch.zeros(())
     )
     return bool(gap <= TOLERANCE.get(one.dtype, COARSE) * size)
-
-
-def _described(value: Tensor) -> str:
-    text = f"{str(value.dtype)[6:]}{list(value.shape)}"
-    if value.is_floating_point() or value.is_complex() or value.is_meta or not value.numel():
-        return text
-    return f"{text} from {int(value.min())} to {int(value.max())}"
 
 
 def _and(text: str) -> str:

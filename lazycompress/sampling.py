@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, LazyCompressError, MissingExtraError, RecipeError, shortened, shown
 from .free_memory import available, size_of
-from .models import evaluating, place_of, signature_of
+from .models import bind, by_name, evaluating, place_of
 from .noise import own_noise
 from .recipe import Condition, Sampling
 
@@ -183,16 +183,10 @@ def first_call(model: nn.Module, sampler: Sampler) -> dict[str, Any]:
         InputError: the sampler never called the model, or failed before.
     """
     found: list[dict[str, Any]] = []
-    thread, signature = threading.current_thread(), signature_of(model)
+    thread = threading.current_thread()
 
     def take(args: Any, kwargs: Any) -> Any:
-        try:
-            found.append(_by_name(signature.bind(*args, **kwargs)))
-        except TypeError as error:
-            raise InputError(
-                f"the sampler calls {type(model).__name__}.forward with what it does not take: {error}; its parameters are "
-                f"{', '.join(signature.parameters)}"
-            ) from None
+        found.append(by_name(bind(model, args, kwargs)))
         Enough.leave(thread)
         return model(*args, **kwargs)
 
@@ -207,22 +201,6 @@ def first_call(model: nn.Module, sampler: Sampler) -> dict[str, Any]:
     if not found:
         raise NotCalledError("the sampler returned without calling the model it was given")
     return found[0]
-
-
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments as keyword arguments.
-
-    Raises:
-        InputError: some are only known by their position.
-    """
-    found: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise InputError(f"the model's forward takes *{name}: pass its inputs by keyword")
-        if kind is not inspect.Parameter.VAR_POSITIONAL:
-            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return found
 
 
 class StandIn(nn.Module):

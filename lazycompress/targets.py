@@ -31,7 +31,7 @@ def expected_ratio(gates: Gates, costs: Tensor, timesteps: Tensor | None) -> flo
 
 def move(gates: Gates, costs: Tensor, target: float, timesteps: Tensor | None) -> float:
     """Have the gates compute at most `target`; see `LazyModel.set_target`."""
-    if isinstance(target, bool) or not isinstance(target, Real) or not 0.0 < float(target) <= 1.0:
+    if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target <= 1:
         raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {shown(target)}")
     timesteps = None if timesteps is None else _times(timesteps)
     if len(gates.frontier) == 0:

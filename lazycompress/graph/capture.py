@@ -7,7 +7,6 @@ frames and numbers of tokens can be is for `torch.export` to find out, see `size
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import warnings
@@ -22,7 +21,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
-from ..models import evaluating, signature_of
+from ..models import bind, by_name, evaluating
 from .hostreads import HostReads, Recorder, Replayer, split_reads
 from .opaque import Opaque, untraceable
 from .ops import has_data_size, is_dynamic, shape_of
@@ -139,23 +138,7 @@ def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     Raises:
         InputError: the arguments do not fit the signature, or hold no tensor of rank 3 or more.
     """
-    signature = signature_of(model)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the inputs do not fit {type(model).__name__}.forward: {error}; its parameters are "
-            f"{', '.join(signature.parameters)}"
-        ) from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise InputError(f"{type(model).__name__}.forward takes *{name}: pass its inputs by keyword")
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= value
-        elif kind is not inspect.Parameter.VAR_POSITIONAL and value is not None:
-            arguments[name] = value
+    arguments = {name: value for name, value in by_name(bind(model, args, kwargs)).items() if value is not None}
     lists = _lists_of_samples(arguments)
     arguments |= {name: torch.stack(arguments[name]) for name in lists}
     flat, spec = pytree.tree_flatten_with_path(arguments)

@@ -261,14 +261,14 @@ TRIES = [
     sampler(
         "calls without arguments",
         lambda: lambda model: model(),
-        "with what it does not take: missing a required argument",
+        "do not fit Tiny.forward: missing a required argument",
     ),
     sampler(
         "calls with one argument less",
         lambda: lambda model: model(noise(), times(9.0)),
         "missing a required argument: 'y'",
     ),
-    sampler("calls with an unknown argument", lambda: lambda model: model(z=noise()), "with what it does not take"),
+    sampler("calls with an unknown argument", lambda: lambda model: model(z=noise()), "do not fit Tiny.forward"),
     sampler(
         "hands numpy", lambda: lambda model: model(noise().numpy(), times(9.0), LABELS), "Tiny|without a floating-point"
     ),
