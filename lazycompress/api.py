@@ -11,9 +11,12 @@ from torch import nn
 from .errors import InputError, RecipeError
 from .graph.capture import ExampleInputs, call_of, capture
 from .graph.located import Branches, located
+from .models import signature_of
+from .noise import own_noise
 from .recipe import IgnoredScope, Recipe, load_recipe
+from .rehearsal import rehearse
 from .runtime import LazyModel
-from .sampling import Sampler, build_inputs, build_sampler, first_call
+from .sampling import Sampler, build_inputs, build_sampler, checked, first_call
 
 
 def locate(model: nn.Module, example_inputs: ExampleInputs) -> Branches:
@@ -66,11 +69,26 @@ def apply(
         LazyCompressError: the recipe, the inputs or the model are at fault; one line says what to do.
     """
     chosen = load_recipe(recipe, overrides)
+    sampler = checked(sampler) if sampler is not None else None
+    with own_noise():
+        return _applied(model_or_pipeline, chosen, example_inputs, sampler, call_kwargs, progress)
+
+
+def _applied(
+    model_or_pipeline: Any,
+    chosen: Recipe,
+    example_inputs: ExampleInputs | None,
+    sampler: Sampler | None,
+    call_kwargs: Mapping[str, Any] | None,
+    progress: bool,
+) -> Any:
+    """`apply` of a recipe that has been read; draws random numbers."""
     if not isinstance(model_or_pipeline, nn.Module):
         from .integrations.diffusers import apply_to_pipeline
 
         return apply_to_pipeline(model_or_pipeline, chosen, sampler=sampler, call_kwargs=call_kwargs, progress=progress)
     model = model_or_pipeline
+    _ = signature_of(model)
     if sampler is None and chosen.sampling is not None:
         sampler = build_sampler(chosen.sampling)
     if sampler is None and chosen.train.enabled:
@@ -110,6 +128,9 @@ def make_lazy(
     """
     _check(recipe, sampler, model, example_inputs)
     learns = recipe.train.enabled and sampler is not None
+    if sampler is not None and (learns or recipe.prune or recipe.quantize or recipe.weights):
+        sampler = checked(sampler)
+        rehearse(model, sampler, recipe.train.seed)
     before: list[Any] = []
     if recipe.prune is not None and sampler is not None:
         from .compose.prune import prune

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExportError, InputError, LazyCompressError, RecipeError
+from .errors import ExportError, InputError, LazyCompressError, RecipeError, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,16 +159,17 @@ def overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """`["target=0.4"]` as `{"target": 0.4}`; values are YAML.
 
     Raises:
-        InputError: an assignment has no `=`.
+        InputError: an assignment has no `=`, or no key before it.
+        RecipeError: its value is not YAML.
     """
-    import yaml
+    from .strict_yaml import parse
 
     found = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment}: write KEY=VALUE, such as --set target=0.4")
-        found[key.strip()] = yaml.safe_load(value)
+        if not equals or not key.strip():
+            raise InputError(f"--set {shown(assignment)}: write KEY=VALUE, such as --set target=0.4")
+        found[key.strip()] = parse(value, f"--set {shown(key.strip())}")
     return found
 
 
@@ -289,7 +290,8 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from .recipe import load_recipe, reference, shipped_recipes
+    from .recipe import load_recipe, shipped_recipes
+    from .recipe_reference import reference
 
     if options.reference:
         print(reference())
