@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -60,7 +60,7 @@ class GatesCard(BaseModel):
     weights: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     dtype: str = Field("", max_length=40)
     recipe: dict[str, Any] | None
-    direction: Literal[1, -1]
+    direction: int
     timestep_input: str | None = Field(max_length=1000)
     branches: list[BranchEntry] = Field(min_length=1, max_length=BRANCHES)
     grid: list[Finite] = Field(min_length=1, max_length=POINTS)
@@ -70,6 +70,8 @@ class GatesCard(BaseModel):
 
     @model_validator(mode="after")
     def _sizes(self) -> GatesCard:
+        if self.direction not in (1, -1):
+            raise ValueError(f"direction is 1 or -1; there was {self.direction}")
         if sum(b.width + 3 for b in self.branches) * len(self.grid) * 4 > _LARGEST:
             raise ValueError(f"gates of more than {_LARGEST} bytes")
         return self
