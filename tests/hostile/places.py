@@ -167,12 +167,18 @@ def _bad_places(kind: Kind) -> dict[str, tuple[Callable[[Path], Any], str]]:
             _own(kind, lambda out: (out / ".git").mkdir()),
             "holds .git, which lazycompress did not write",
         ),
-        "a folder of its own with a link in it": (_own(kind, _linked_inside), "holds numbers.bin, which lazycompress did"),
+        "a folder of its own with a link in it": (
+            _own(kind, _linked_inside),
+            "holds numbers.bin, which lazycompress did",
+        ),
         "a folder whose marker is a list": (
             _own(kind, lambda out: (out / marker).write_text("[]")),
             "is not empty and no|did not write",
         ),
-        "a folder whose marker is empty": (_own(kind, lambda out: (out / marker).write_text("")), "not empty|did not write"),
+        "a folder whose marker is empty": (
+            _own(kind, lambda out: (out / marker).write_text("")),
+            "not empty|did not write",
+        ),
         "a folder whose marker says nothing": (
             _own(kind, lambda out: (out / marker).write_text("{}")),
             "is not empty and no|did not write",
@@ -260,7 +266,11 @@ TRIES = [
         for what, place in _NO_PATHS.items()
     ),
     *(
-        Try(f"places: {name} without asking", _refused_without_asking(write, kind), "holds .* already; pass overwrite=True")
+        Try(
+            f"places: {name} without asking",
+            _refused_without_asking(write, kind),
+            "holds .* already; pass overwrite=True",
+        )
         for name, kind, write in (
             ("save", GATES, lambda place: lazycompress.save(made.lazy(), place, overwrite=False)),
             ("export", EXPORT, lambda place: lazycompress.export(made.lazy(), place)),
@@ -324,8 +334,20 @@ TRIES = [
     Try("places: save into folders to be made", lambda f: lazycompress.save(made.lazy(), f / "a" / "b" / "c"), None),
     Try("places: save into a name with spaces", lambda f: lazycompress.save(made.lazy(), f / "my gates ü"), None),
     Try("places: save into a name of 240 letters", lambda f: lazycompress.save(made.lazy(), f / ("n" * 240)), None),
-    Try("places: save a model that is not lazy", lambda f: lazycompress.save(made.dense(), f / "g"), "only a lazy model"),  # type: ignore[arg-type]
-    Try("places: export a model that is not lazy", lambda f: lazycompress.export(made.dense(), f / "g"), "only a lazy model"),  # type: ignore[arg-type]
-    Try("places: export to no format", lambda f: lazycompress.export(made.lazy(), f / "g", format="tflite"), "'tflite'"),
-    Try("places: export to format 7", lambda f: lazycompress.export(made.lazy(), f / "g", format=7), "no export format 7"),  # type: ignore[arg-type]
+    Try(
+        "places: save a model that is not lazy", lambda f: lazycompress.save(made.dense(), f / "g"), "only a lazy model"
+    ),  # type: ignore[arg-type]
+    Try(
+        "places: export a model that is not lazy",
+        lambda f: lazycompress.export(made.dense(), f / "g"),
+        "only a lazy model",
+    ),  # type: ignore[arg-type]
+    Try(
+        "places: export to no format", lambda f: lazycompress.export(made.lazy(), f / "g", format="tflite"), "'tflite'"
+    ),
+    Try(
+        "places: export to format 7",
+        lambda f: lazycompress.export(made.lazy(), f / "g", format=7),
+        "no export format 7",
+    ),  # type: ignore[arg-type]
 ]
