@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint bench bench-export bench-compose bench-quality docs check-extras clean
+.PHONY: help demo test lint bench bench-export bench-compose bench-quality docs kills check-extras clean
 
 help:
 	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks: long, prints ratios; bench-export, bench-compose, bench-quality for one kind"
 	@echo "make docs   write the generated pages of docs/"
+	@echo "make kills  fifty kills at random moments of save, export and learning: old or new, never half"
 	@echo "make check-extras   a fresh environment per extra, and the README's quick start in it: long"
 
 $(STAMP): constraints.txt pyproject.toml
@@ -20,7 +21,7 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/lazycompress demo out/demo
+	$(BIN)/lazycompress demo out/demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
@@ -51,6 +52,9 @@ bench-quality: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/lazycompress recipes --reference > docs/recipes.md
 	$(BIN)/python -m tests.coverage --write docs/coverage.md
+
+kills: $(STAMP)
+	$(BIN)/python -m tests.kills
 
 check-extras: $(STAMP)
 	$(BIN)/python -m tests.extras

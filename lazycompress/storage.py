@@ -2,71 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from . import __version__
-from .errors import ExportError, InputError
-from .gate import Gates
+from .encoding import EncodingError, Zeros, decode, encode, outline
+from .errors import ExportError, InputError, LazyCompressError
+from .files import path_of, write_tensors
+from .gates_file import (
+    DESCRIPTION_FILE,
+    GATES_FILE,
+    GatesCard,
+    decoded_example,
+    example_of,
+    read_gates,
+    read_gates_card,
+)
 from .graph.capture import Call, ExampleInputs, call_of, take_apart
-from .recipe import Recipe
+from .places import GATES, place_of, seal, whole_folder
 from .runtime import LazyModel
+from .weights import dtype_of, weights_hash
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)
 
-GATES_FILE = "gates.safetensors"
-DESCRIPTION_FILE = "gates.json"
 
-
-@contextmanager
-def whole_folder(directory: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `directory` only when the block ends without an error.
-
-    Raises:
-        ExportError: the folder cannot be made there.
-    """
-    directory = directory.absolute()
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(f"{directory} is a file")
-        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write {directory}: {error.strerror or error}; choose another folder") from None
-    try:
-        yield beside
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-            os.replace(directory, old / "it")
-            os.replace(beside, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, directory)
-        directory.chmod(0o755)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def save(lazy: LazyModel, directory: str | Path) -> Path:
+def save(lazy: LazyModel, directory: str | Path, *, overwrite: bool | None = None) -> Path:
     """Write the gates of a lazy model; the model's own weights are not written.
 
+    Args:
+        lazy: the model.
+        directory: where to: a folder that is free or empty, or that holds gates. Anything else is left alone.
+        overwrite: what happens to gates that are there: True replaces them, False never does; None does if they are of this
+            kind of model, with these branches, so that a loop can save again and again.
+
+    Returns:
+        The folder.
+
     Raises:
-        ExportError: the folder cannot be written.
+        ExportError: the folder is not ours to replace, or cannot be written; or the gates hold NaN.
+        InputError: the model is not lazy.
     """
-    call = lazy.example
+    _need_finite(lazy)
+    place = place_of(directory)
+    replaces = _is_of(lazy, place) if overwrite is None else overwrite
+    with whole_folder(place, GATES, replaces) as folder:
+        write_gates(lazy, folder)
+    return Path(directory)
+
+
+def save_all(models: Mapping[str, LazyModel], folder: Path) -> None:
+    """Write the gates of the denoisers of one pipeline into a new folder: of several, each into a folder of its name."""
+    for lazy in models.values():
+        _need_finite(lazy)
+    if len(models) == 1:
+        write_gates(next(iter(models.values())), folder)
+        return
+    for name, lazy in models.items():
+        (folder / name).mkdir()
+        write_gates(lazy, folder / name)
+    seal(folder, GATES, {"denoisers": list(models)})
+
+
+def write_gates(lazy: LazyModel, folder: Path) -> None:
+    """Write the gates' files into a folder that is there."""
     description = {
-        "lazycompress": __version__,
+        "model": type(lazy.model).__name__,
+        "weights": weights_hash(lazy.model),
+        "dtype": dtype_of(lazy.model),
         # But for a folder of the machine that trained.
         "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
         "direction": int(lazy.gates.direction),
@@ -74,20 +79,10 @@ def save(lazy: LazyModel, directory: str | Path) -> Path:
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
         "targets": frontier_of(lazy),
-        "example": {
-            "spec": pytree.treespec_dumps(call.spec),
-            "tensors": [
-                {"name": leaf.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-                for t, leaf in zip(call.tensors, call.leaves, strict=True)
-            ],
-            "others": {str(k): v for k, v in call.others.items()},
-        },
+        "example": _example(lazy.example),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in lazy.gates.state_dict().items()}
-    with whole_folder(Path(directory)) as folder:
-        save_file(tensors, folder / GATES_FILE)
-        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
-    return Path(directory)
+    write_tensors(lazy.gates.state_dict(), folder / GATES_FILE)
+    seal(folder, GATES, description)
 
 
 def frontier_of(lazy: LazyModel) -> list[float]:
@@ -103,6 +98,7 @@ def load(
     *,
     example_inputs: ExampleInputs | None = None,
     kind: type[_Lazy] = LazyModel,  # type: ignore[assignment]
+    strict: bool = True,
 ) -> _Lazy:
     """A lazy model from a dense one and the folder that `save` wrote.
 
@@ -111,41 +107,83 @@ def load(
         directory: where the gates are.
         example_inputs: arguments of one call; left out, tensors like those at training are made up.
         kind: the class to make.
+        strict: refuse a model of another class, or with other weights, than the one that the gates were learned for. Gates
+            that version 0.1 wrote do not tell.
 
     Raises:
-        ExportError: the folder holds no gates.
+        ExportError: the folder holds no gates, or those of another model; one line says what is wrong, and where.
         LazyCompressError: the gates do not fit the model.
     """
-    folder = Path(directory)
-    for name in (GATES_FILE, DESCRIPTION_FILE):
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder} holds no gates: {name} is missing; lazycompress.save writes it")
-    description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(folder / GATES_FILE)
-    branches = description["branches"]
-    gates = Gates(
-        [b["name"] for b in branches], [b["width"] for b in branches], tensors["grid"], description["direction"]
-    )
-    gates.frontier = torch.zeros_like(tensors["frontier"])
-    gates.load_state_dict(tensors)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"gates are loaded for an nn.Module; there was {type(model).__name__}")
+    folder = path_of(directory)
+    card = read_gates_card(folder)
+    where = folder / DESCRIPTION_FILE
+    recipe = card.read_recipe(where)
+    gates = read_gates(folder, card)
+    if strict:
+        _need_same(model, card, folder)
     if example_inputs is not None:
         call = call_of(model, example_inputs)
     else:
-        call = _made_up(model, description["example"])
-    lazy = kind(model, call, gates, timestep_input=description["timestep_input"])
-    lazy.recipe = Recipe.model_validate(description["recipe"]) if description["recipe"] else None
+        arguments = decoded_example(card, where, Zeros(_device_of(model)))
+        if arguments is None:
+            raise ExportError(f"{where} keeps no example of a call: pass example_inputs")
+        call = take_apart(model, (), arguments)
+    try:
+        lazy = kind(model, call, gates, timestep_input=card.timestep_input)
+    except LazyCompressError:
+        raise
+    except Exception as error:  # the model's own code, called with what the file says
+        said = " ".join(str(error).split())[:300]
+        raise ExportError(f"{where}: {type(model).__name__} does not run on the example call: {said}") from error
+    lazy.recipe = recipe
     return lazy
 
 
-def _made_up(model: nn.Module, example: dict[str, Any]) -> Call:
-    parameter = next(model.parameters())
-    tensors: list[Any] = []
-    for entry in example["tensors"]:
-        dtype = getattr(torch, entry["dtype"])
-        tensors.append(torch.zeros(entry["shape"], dtype=dtype, device=parameter.device))
-    for position, value in sorted(example["others"].items(), key=lambda item: int(item[0])):
-        tensors.insert(int(position), value)
-    arguments = pytree.tree_unflatten(tensors, pytree.treespec_loads(example["spec"]))
-    if not isinstance(arguments, dict):
-        raise InputError("the saved example inputs are not a dictionary: pass example_inputs")
-    return take_apart(model, (), arguments)
+def _need_same(model: nn.Module, card: GatesCard, folder: Path) -> None:
+    name = type(getattr(model, "_orig_mod", model)).__name__
+    how = "strict=False takes them all the same"
+    if card.model and card.model != name:
+        raise ExportError(f"the gates in {folder} are of a {card.model}; this is a {name}: {how}")
+    if card.weights and (found := weights_hash(model)) and found != card.weights:
+        dtype = dtype_of(model)
+        then = f"in {card.dtype}; these are in {dtype}" if dtype != card.dtype else "with other values, names or shapes"
+        raise ExportError(f"the gates in {folder} were learned on other weights of {name}, {then}: {how}")
+
+
+def _is_of(lazy: LazyModel, place: Path) -> bool:
+    """Whether a folder holds gates of this kind of model, with these branches."""
+    try:
+        card = read_gates_card(place)
+    except LazyCompressError:
+        return False
+    same_model = card.model in ("", type(lazy.model).__name__)
+    return same_model and [branch.name for branch in card.branches] == [branch.name for branch in lazy.branches]
+
+
+def _need_finite(lazy: LazyModel) -> None:
+    if not isinstance(lazy, LazyModel):
+        raise InputError(f"only a lazy model has gates: call lazycompress.apply first; there was {type(lazy).__name__}")
+    for name, value in lazy.gates.state_dict().items():
+        if value.is_floating_point() and bool(value.isnan().any() if name == "rank" else (~value.isfinite()).any()):
+            raise ExportError(f"the gates' {name} holds NaN or infinity: they were not learned; nothing was written")
+
+
+def _example(call: Call) -> Any:
+    """The call for `gates.json`; None where it holds something that a file cannot: loading then needs `example_inputs`."""
+    try:
+        found = encode(example_of(call), outline)
+        decode(found, Zeros(torch.device("meta")))  # within the limits of what is read
+    except EncodingError:
+        return None
+    return found
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for value in (*model.parameters(), *model.buffers()):
+        return value.device
+    return torch.device("cpu")
+
+
+__all__ = ["DESCRIPTION_FILE", "GATES_FILE", "load", "save", "save_all", "write_gates"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...api import make_lazy
 from ...errors import InputError, LazyCompressError, MissingExtraError
+from ...files import kind_of, path_of
 from ...graph.insert import is_timestep_name
 from ...recipe import Recipe
 from ...report import Summary
@@ -56,7 +57,7 @@ class LazyDenoiser(LazyModel, ModelMixin):  # type: ignore[misc]
         saved.save_pretrained(
             save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **options
         )  # fmt: skip
-        save_gates(self, Path(save_directory) / GATES_FOLDER)
+        save_gates(self, Path(save_directory) / GATES_FOLDER, overwrite=True)
 
     @classmethod
     def from_pretrained(cls, *_: Any, **__: Any) -> Any:
@@ -223,18 +224,24 @@ def set_policy(pipeline: Any, policy: Any) -> Any:
     return pipeline
 
 
-def load_lazy(pipeline: Any, folder: str | Path) -> Any:
+def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
     """Make a pipeline lazy with the gates that its `save_pretrained` wrote into `folder`; nothing is learned.
+
+    Args:
+        pipeline: with the denoisers that the gates were learned for.
+        folder: what `pipe.save_pretrained` wrote.
+        strict: as for `lazycompress.load`: refuse gates of other weights.
 
     Raises:
         InputError: the folder holds no gates for any of the pipeline's denoisers.
+        ExportError: it holds broken ones, or those of another model.
     """
     disable(pipeline)
     made: dict[str, LazyDenoiser] = {}
     for name in denoisers(pipeline):
-        gates = Path(folder) / name / GATES_FOLDER
-        if gates.is_dir():
-            made[name] = load_gates(getattr(pipeline, name), gates, kind=LazyDenoiser)
+        gates = path_of(folder) / name / GATES_FOLDER
+        if kind_of(gates) == "folder":
+            made[name] = load_gates(getattr(pipeline, name), gates, kind=LazyDenoiser, strict=strict)
     if not made:
         raise InputError(f"{folder} holds no gates: pipe.save_pretrained of a lazy pipeline writes them")
     for name, lazy in made.items():
