@@ -74,14 +74,7 @@ def save(lazy: LazyModel, directory: str | Path) -> Path:
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
         "targets": frontier_of(lazy),
-        "example": {
-            "spec": pytree.treespec_dumps(call.spec),
-            "tensors": [
-                {"name": leaf.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-                for t, leaf in zip(call.tensors, call.leaves, strict=True)
-            ],
-            "others": {str(k): v for k, v in call.others.items()},
-        },
+        "example": describe_call(call),
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in lazy.gates.state_dict().items()}
     with whole_folder(Path(directory)) as folder:
@@ -131,13 +124,30 @@ def load(
     if example_inputs is not None:
         call = call_of(model, example_inputs)
     else:
-        call = _made_up(model, description["example"])
+        call = take_apart(model, (), made_up(model, description["example"]))
     lazy = kind(model, call, gates, timestep_input=description["timestep_input"])
     lazy.recipe = Recipe.model_validate(description["recipe"]) if description["recipe"] else None
     return lazy
 
 
-def _made_up(model: nn.Module, example: dict[str, Any]) -> Call:
+def describe_call(call: Call) -> dict[str, Any]:
+    """The structure of a call, its sizes and its constants, as JSON; `made_up` gives such a call."""
+    return {
+        "spec": pytree.treespec_dumps(call.spec),
+        "tensors": [
+            {"name": leaf.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+            for t, leaf in zip(call.tensors, call.leaves, strict=True)
+        ],
+        "others": {str(k): v for k, v in call.others.items()},
+    }
+
+
+def made_up(model: nn.Module, example: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments, all zeros, like those of the call that was described.
+
+    Raises:
+        InputError: they cannot be made.
+    """
     parameter = next(model.parameters())
     tensors: list[Any] = []
     for entry in example["tensors"]:
@@ -148,4 +158,4 @@ def _made_up(model: nn.Module, example: dict[str, Any]) -> Call:
     arguments = pytree.tree_unflatten(tensors, pytree.treespec_loads(example["spec"]))
     if not isinstance(arguments, dict):
         raise InputError("the saved example inputs are not a dictionary: pass example_inputs")
-    return take_apart(model, (), arguments)
+    return arguments

@@ -28,8 +28,9 @@ from ...export.folder import export as export_model
 from ...export.trace import Form, trace, widest
 from ...recipe import Recipe, load_recipe
 from ...storage import whole_folder
+from .graph import LazyDenoiser
 from .loading import load_denoiser
-from .pipelines import LazyDenoiser, apply_to_pipeline, disable, enable, lazy_denoisers
+from .pipelines import apply_to_pipeline, disable, enable, lazy_denoisers
 
 _log = logging.getLogger(__name__)
 
