@@ -125,7 +125,7 @@ def _learn_calls(
             for name, handle in handles.items():
                 stack.enter_context(handle.replaced(watches[name]))
             sampler(getattr(pipeline, next(iter(modules)))) if sampler is not None else sample(pipeline, arguments)
-        called = {name: watch for name, watch in watches.items() if watch.timesteps}
+        called = {name: watch for name, watch in watches.items() if watch.calls}
         if not called:
             raise InputError(f"sampling with {type(pipeline).__name__} called none of {', '.join(modules)}")
         for name, watch in called.items():

@@ -7,6 +7,7 @@ whoever takes their hooks off again takes nothing of ours with them. `forward` i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from ..plan.plan import Plan
 from .engine import Engine, Policy, run
 from .scopes import Scope, Surroundings, opened
 from .usage import CallSummary
+
+_log = logging.getLogger(__name__)
 
 _CALL = "_call_impl"
 _COMPILED = "_compiled_call_impl"
@@ -50,6 +53,7 @@ class Handle:
         self._surroundings = surroundings
         self._compiled: Callable[..., Any] | None = module.__dict__.get(_COMPILED)
         self._standin: Callable[..., Any] | None = None
+        self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": None, "_standin": None}
@@ -104,8 +108,10 @@ class Handle:
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What calling the module does."""
         if self._standin is not None:
-            return self._standin(*args, **kwargs)
+            return torch.compiler.disable(self._standin)(*args, **kwargs)
         if not self.enabled or torch.compiler.is_exporting():
+            return self.inner(*args, **kwargs)
+        if self._steps_aside(self.module):
             return self.inner(*args, **kwargs)
         output, computed = run(self.engine, self.inner, args, kwargs, self._scope())
         return output if computed else self._through_hooks(args, kwargs, output)
@@ -117,6 +123,20 @@ class Handle:
     @torch.compiler.disable
     def _scope(self) -> Scope | None:
         return opened(self.module) or self._surroundings(self.module)
+
+    @torch.compiler.disable
+    def _steps_aside(self, module: Any) -> bool:
+        """Whether another cache is enabled on the module: two that skip do not know of each other."""
+        if not getattr(module, "is_cache_enabled", False):
+            return False
+        if not self._told:
+            _log.warning(
+                "lazycompress: %s has a cache of its own enabled; while it is, nothing is skipped here",
+                type(module).__name__,
+            )
+        self._told = True
+        self.engine.usage.add_dense(0, read=False)
+        return True
 
     @torch.compiler.disable
     def _through_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LazyCompressError
-from ..plan.plan import Plan, lagrange
+from ..plan.plan import Plan, forecast
 from .calls import Call, Reader
-from .follow import Pace, alike, as_seen, spread
+from .follow import Pace, alike, as_seen, spread, stream_of
 from .images import Images, Record, Sample
 from .outputs import Form, take_apart
 from .prints import Eye, Sight
@@ -33,7 +33,10 @@ class Planner(Protocol):
     """Makes plans for a budget."""
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
-        """A plan that computes at most `target` of the calls at these timesteps; left out, at those that were learned at."""
+        """A plan that computes at most `target` of the calls, each stream being called at these timesteps.
+
+        Left out, they are those that were learned at.
+        """
         ...
 
 
@@ -160,9 +163,12 @@ class Engine:
         kinds = [_kind(call.latents[row], constants) for row in range(call.batch)]
         with self._lock:
             found = self._images.find(kinds, call, sight, scope, self._direction)
+            streams = [
+                self._images.calls_before(scope, t, seen) for t, seen in zip(sight.times, sight.latents, strict=True)
+            ]
             samples, computes = [], []
             for row, known in enumerate(found):
-                sample = known or self._begin(kinds[row], row, call, sight, scope)
+                sample = known or self._begin(kinds[row], row, call, sight, scope, streams[row])
                 wanted = sample.pace.step(sight.times[row]) if known else self._first(sample, sight.times[row])
                 computes.append((self._policy != "reuse" and wanted) or not sample.records)
                 samples.append(sample)
@@ -221,10 +227,10 @@ class Engine:
         if not told:
             _log.warning("lazycompress: %s", why)
 
-    def _begin(self, kind: Hashable, row: int, call: Call, sight: Sight, scope: Scope | None) -> Sample:
+    def _begin(self, kind: Hashable, row: int, call: Call, sight: Sight, scope: Scope | None, stream: int) -> Sample:
         sample = Sample(
             kind, scope, row, call.batch, sight.times[row], [sight.latents[row]], sight.conditions[row],
-            call.latents[row].detach().clone(), Pace(self._plan_at(sight.times[row], scope)),
+            call.latents[row].detach().clone(), Pace(stream_of(self._plan_at(sight.times[row], scope), stream)), call,
         )  # fmt: skip
         self._images.add(sample)
         return sample
@@ -244,27 +250,36 @@ class Engine:
         """The plan for an image that begins at a timestep."""
         told = scope.timesteps if scope is not None else None
         timesteps = as_seen(told, timestep) if told else None
-        if timesteps is None or alike(self._plan, timesteps):
+        if timesteps is None or alike(stream_of(self._plan, 0), timesteps):
             return self._plan
         if timesteps not in self._plans:
             if len(self._plans) > 256:
                 self._plans.clear()
-            plan = self.planner.plan(self.target, timesteps) if self.planner else spread(self._plan, timesteps)
+            plan = (
+                self.planner.plan(self.target, timesteps)
+                if self.planner
+                else spread(stream_of(self._plan, 0), timesteps)
+            )
             self._plans[timesteps] = plan
         return self._plans[timesteps]
 
     def _remember(self, sample: Sample, form: Form, tensors: list[Tensor]) -> None:
-        most = max(self._plan.order + 1, _FEWEST_RECORDS)
         if sample.records and [t.shape for t in sample.records[-1].tensors] != [t.shape for t in tensors]:
             sample.records.clear()
         sample.form = form
-        sample.records = [*sample.records, Record(sample.pace.time, tensors)][-most:]
+        records = [*sample.records, Record(sample.pace.time, tensors)]
+        times = [record.time for record in records]
+        kept = {k for k, _ in forecast(times, times[-1], self._plan.order)} | set(
+            range(len(records))[-_FEWEST_RECORDS:]
+        )
+        sample.records = [records[k] for k in sorted(kept)]
 
     def _forecast(self, sample: Sample) -> list[Tensor]:
         """The polynomial through the last computed outputs of a sample, at now; in float32, given in their own dtype."""
-        records = sample.records[-(sample.pace.plan.order + 1) :]
-        weights = lagrange([record.time for record in records], sample.pace.time)
-        return [_combined([r.tensors[k] for r in records], weights) for k in range(len(records[-1].tensors))]
+        order = sample.pace.plan.order
+        parts = forecast([record.time for record in sample.records], sample.pace.time, order)
+        records, weights = [sample.records[k] for k, _ in parts], [weight for _, weight in parts]
+        return [_combined([r.tensors[k] for r in records], weights) for k in range(len(records[0].tensors))]
 
 
 def _kind(latents: Tensor, constants: Hashable) -> Hashable:
@@ -272,7 +287,7 @@ def _kind(latents: Tensor, constants: Hashable) -> Hashable:
 
 
 def _combined(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    last = values[-1]
+    last = values[0]
     if len(values) == 1 or not last.is_floating_point():
         return last
     # Products and sums by themselves, none fused: so the same numbers come out whatever the batch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ..plan.plan import Plan
 
@@ -77,14 +77,27 @@ class Density:
         return values[k] + min(max(share, 0.0), 1.0) * (values[k + 1] - values[k])
 
 
+def stream_of(plan: Plan, stream: int) -> Plan:
+    """The calls of one stream of a plan; of its last one, if it has fewer."""
+    stream = min(stream, max(plan.streams))
+    places = [k for k, own in enumerate(plan.streams) if own == stream]
+    return Plan(tuple(plan.timesteps[k] for k in places), tuple(plan.computes[k] for k in places), plan.order)
+
+
+def in_turns(timesteps: Sequence[float], streams: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Timesteps and streams of the calls, if each of so many streams is called at each of the timesteps."""
+    calls = [(t, stream) for t in timesteps for stream in range(streams)]
+    return tuple(t for t, _ in calls), tuple(stream for _, stream in calls)
+
+
 @dataclass
 class Pace:
     """Where one image is in its plan.
 
     Attributes:
-        plan: for this image's own timesteps, or the one that was learned.
+        plan: of one stream, for this image's own timesteps or the learned ones.
         calls: that the image has had.
-        time: of the last of them, on a clock that moves with every call.
+        time: of the last of them: the plan's own timestep, not rounded as the call's may be, if it is the plan's.
     """
 
     plan: Plan
@@ -92,29 +105,27 @@ class Pace:
     time: float = math.nan
     _exact: bool = True
     _credit: float = 0.0
-    _clock: list[float] = field(default_factory=list)
+    _clock: float = math.nan
     _density: Density | None = None
 
     def step(self, timestep: float) -> bool:
         """One call further, at `timestep`: whether it computes."""
-        if not self._clock:
-            self._clock = clock(self.plan.timesteps)
-        k, before = self.calls, self.time
+        k, before = self.calls, self._clock
         self.calls += 1
         known = self.plan.timesteps
         largest = max(map(abs, known))
         self._exact = self._exact and k < len(known) and abs(known[k] - timestep) <= _CLOSE * largest
         if self._exact:
-            self.time = self._clock[k]
+            self.time = self._clock = known[k]
             return self.plan.computes[k]
         typical = (known[-1] - known[0]) / max(len(known) - 1, 1) or -1.0
-        self.time = timestep
+        self.time = self._clock = timestep
         if k and (timestep - before) * typical <= 0:  # a second call at a timestep
-            self.time = before + typical / 2
+            self._clock = before + typical / 2
         if k == 0:
             return True
         self._density = self._density or Density.of(self.plan)
-        self._credit += self._density.between(before, self.time)
+        self._credit += self._density.between(before, self._clock)
         if self._credit < 1.0 - 1e-6:
             return False
         self._credit -= 1.0

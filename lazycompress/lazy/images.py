@@ -48,6 +48,7 @@ class Sample:
         prints: of its latents, the newest first, two at most.
         conditions: prints of what it is conditioned on, by path.
         latents: of its last call; a copy.
+        begun: the call that began it; two calls of guidance begin two samples with the same latents.
         records: its last computed outputs, the newest last.
         form: of its outputs.
     """
@@ -61,6 +62,7 @@ class Sample:
     conditions: Mapping[str, tuple[Hashable, Print]]
     latents: Tensor
     pace: Pace
+    begun: object = None
     records: list[Record] = field(default_factory=list)
     form: Form | None = None
 
@@ -92,6 +94,16 @@ class Images:
     def add(self, sample: Sample) -> None:
         self._samples.append(sample)
         del self._samples[:-MOST]
+
+    def calls_before(self, scope: Scope | None, timestep: float, latents: Print) -> int:
+        """How many calls have begun images of these very latents: the stream of another one that begins with them."""
+        return len(
+            {
+                id(sample.begun)
+                for sample in self._samples
+                if sample.scope == scope and sample.timestep == timestep and sample.prints[0].same(latents, EQUAL)
+            }
+        )
 
     def find(
         self, kinds: Sequence[Hashable], call: Call, sight: Sight, scope: Scope | None, direction: float

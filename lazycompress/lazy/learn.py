@@ -12,24 +12,35 @@ from ..recipe import Recipe
 from ..sampling import Sampler
 from .calls import Reader
 from .engine import Engine
+from .follow import in_turns
 from .model import LazyModule
 from .watch import Watch
 
 
 @dataclass(frozen=True)
 class Even:
-    """Plans that compute evenly spread calls.
+    """Plans that compute evenly spread calls, in each stream alike.
 
     Attributes:
-        timesteps: of the learned run.
+        timesteps, streams: of the calls of the learned run.
         order: of the forecasts.
     """
 
     timesteps: tuple[float, ...]
+    streams: tuple[int, ...]
     order: int = 2
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
-        return even(self.timesteps if timesteps is None else timesteps, target, self.order)
+        """See `Planner.plan`."""
+        times, streams = (
+            (self.timesteps, self.streams) if timesteps is None else in_turns(timesteps, max(self.streams) + 1)
+        )
+        computes = [False] * len(times)
+        for stream in set(streams):
+            places = [k for k, own in enumerate(streams) if own == stream]
+            for k, computed in zip(places, even([times[k] for k in places], target).computes, strict=True):
+                computes[k] = computed
+        return Plan(times, tuple(computes), self.order, streams)
 
 
 def unlearned(module: nn.Module, recipe: Recipe) -> Engine:
@@ -39,10 +50,11 @@ def unlearned(module: nn.Module, recipe: Recipe) -> Engine:
 
 def engine_from(watch: Watch, recipe: Recipe) -> Engine:
     """The engine of a recipe for a run that was watched."""
-    target, times = recipe.targets[0], tuple(watch.timesteps)
+    times, streams = tuple(c.timestep for c in watch.calls), tuple(c.stream for c in watch.calls)
+    planner = Even(times, streams, recipe.forecast)
     if not recipe.train.enabled:
-        return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast), Even(times, recipe.forecast))
-    planner = Even(times, recipe.forecast)
+        return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams), planner)
+    target = recipe.targets[0]
     return Engine(watch.reader, planner.plan(target), planner, target)
 
 

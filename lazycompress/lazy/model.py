@@ -109,5 +109,5 @@ class LazyModule(nn.Module):
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._standin is not None:
-            return self._standin(*args, **kwargs)
+            return torch.compiler.disable(self._standin)(*args, **kwargs)
         return run(self.engine, self.model, args, kwargs, opened(self) or opened(self.model))[0]

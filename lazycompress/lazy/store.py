@@ -48,11 +48,13 @@ class _File(BaseModel):
     timesteps: list[float]
     computes: list[bool]
     order: int
+    streams: list[int]
     target: float
     timestep_input: str
     moving: list[str]
     known: list[str] | None
     learned_at: list[float] | None
+    learned_streams: list[int] | None
     recipe: dict[str, Any] | None
     example: dict[str, Any] | None
 
@@ -76,11 +78,13 @@ def save_plan(lazy: Planned, directory: str | Path, module: nn.Module | None = N
         timesteps=list(engine.plan.timesteps),
         computes=list(engine.plan.computes),
         order=engine.plan.order,
+        streams=list(engine.plan.streams),
         target=engine.target,
         timestep_input=engine.reader.timestep,
         moving=sorted(engine.reader.moving),
         known=None if engine.reader.known is None else sorted(engine.reader.known),
         learned_at=list(engine.planner.timesteps) if isinstance(engine.planner, Even) else None,
+        learned_streams=list(engine.planner.streams) if isinstance(engine.planner, Even) else None,
         # But for a folder of the machine that learned.
         recipe=None if recipe is None else recipe.with_checkpoint("").model_dump(mode="json"),
         example=example,
@@ -100,7 +104,7 @@ def load_plan(module: nn.Module, directory: str | Path) -> Loaded:
     path = Path(directory) / PLAN_FILE
     try:
         file = _File.model_validate_json(path.read_text(encoding="utf-8"))
-        plan = Plan(tuple(file.timesteps), tuple(file.computes), file.order)
+        plan = Plan(tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams))
         recipe = None if file.recipe is None else Recipe.model_validate(file.recipe)
     except OSError as error:
         raise ExportError(f"{path}: {error.strerror or error}; lazycompress.save writes it") from None
@@ -113,6 +117,8 @@ def load_plan(module: nn.Module, directory: str | Path) -> Loaded:
     reader = Reader.of(module, file.timestep_input)
     known = None if file.known is None else frozenset(file.known)
     reader = Reader(reader.model, reader.names, reader.timestep, frozenset(file.moving), known)
-    planner = Even(tuple(file.learned_at), plan.order) if file.learned_at else None
+    planner = None
+    if file.learned_at and file.learned_streams:
+        planner = Even(tuple(file.learned_at), tuple(file.learned_streams), plan.order)
     example = None if file.example is None else ((), made_up(module, file.example))
     return Loaded(Engine(reader, plan, planner, file.target), recipe, example)
