@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,8 +20,12 @@ from . import __version__
 from .errors import ExportError, InputError
 from .gate import Gates
 from .graph.capture import Call, ExampleInputs, call_of, take_apart
+from .lazy.model import LazyModule
 from .recipe import Recipe
 from .runtime import LazyModel
+
+if TYPE_CHECKING:
+    from .lazy.store import Planned
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)
 
@@ -58,12 +62,16 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def save(lazy: LazyModel, directory: str | Path) -> Path:
-    """Write the gates of a lazy model; the model's own weights are not written.
+def save(lazy: LazyModel | Planned, directory: str | Path) -> Path:
+    """Write the gates or the plan of a lazy model; the model's own weights are not written.
 
     Raises:
         ExportError: the folder cannot be written.
     """
+    if not isinstance(lazy, LazyModel):
+        from .lazy.store import save_plan  # it needs this module
+
+        return save_plan(lazy, directory)
     call = lazy.example
     description = {
         "lazycompress": __version__,
@@ -96,20 +104,29 @@ def load(
     *,
     example_inputs: ExampleInputs | None = None,
     kind: type[_Lazy] = LazyModel,  # type: ignore[assignment]
-) -> _Lazy:
+) -> _Lazy | LazyModule:
     """A lazy model from a dense one and the folder that `save` wrote.
 
     Args:
         model: the model that the gates were trained for; it is left as it is.
         directory: where the gates are.
         example_inputs: arguments of one call; left out, tensors like those at training are made up.
-        kind: the class to make.
+        kind: the class to make where the folder holds gates; of a plan it is a `LazyModule`.
 
     Raises:
         ExportError: the folder holds no gates.
         LazyCompressError: the gates do not fit the model.
     """
     folder = Path(directory)
+    from .lazy.store import PLAN_FILE, load_plan  # it needs this module
+
+    if (folder / PLAN_FILE).is_file():
+        loaded = load_plan(model, folder)
+        module = LazyModule(model, loaded.engine)
+        module.recipe, module.example = loaded.recipe, loaded.example
+        if example_inputs is not None:
+            module.example = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
+        return module
     for name in (GATES_FILE, DESCRIPTION_FILE):
         if not (folder / name).is_file():
             raise ExportError(f"{folder} holds no gates: {name} is missing; lazycompress.save writes it")

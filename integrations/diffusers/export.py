@@ -26,6 +26,8 @@ from ...export.card import CARD_FILE
 from ...export.folder import describe, finish, need_place, parity
 from ...export.folder import export as export_model
 from ...export.trace import Form, trace, widest
+from ...lazy.attach import Handle
+from ...lazy.convert import graph_of
 from ...recipe import Recipe, load_recipe
 from ...storage import whole_folder
 from .graph import LazyDenoiser
@@ -60,9 +62,10 @@ def export_pipeline(
         InputError: the pipeline is not lazy.
         MissingExtraError: the format's packages are not installed.
     """
-    lazy = lazy_denoisers(pipeline)
+    found = lazy_denoisers(pipeline)
     target = Path(directory)
     need_place(target, overwrite)
+    lazy = {name: _graph(part) for name, part in found.items()}
     with whole_folder(target) as folder:
         disable(pipeline)
         try:
@@ -151,6 +154,15 @@ def _optimum_class(pipeline_class: str) -> Any:
         return getattr(importlib.import_module("optimum.intel"), f"OV{pipeline_class}", None)
     except (ImportError, RuntimeError):
         return None
+
+
+def _graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
+    """The lazy graph that is written for a denoiser."""
+    if isinstance(lazy, LazyDenoiser):
+        return lazy
+    graph = graph_of(lazy, LazyDenoiser)
+    graph.turns = lazy.turns
+    return graph
 
 
 def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, target: Path, telemetry: bool) -> None:

@@ -11,6 +11,9 @@ from typing import Any, get_args
 
 from .. import __version__
 from ..errors import ExportError
+from ..lazy.attach import Handle
+from ..lazy.convert import graph_of
+from ..lazy.model import LazyModule
 from ..runtime import LazyModel
 from ..storage import whole_folder
 from .card import CARD_FILE
@@ -30,7 +33,7 @@ _COMPOSED = 5e-2
 
 
 def export(
-    lazy: LazyModel,
+    lazy: LazyModel | LazyModule | Handle,
     directory: str | Path,
     format: str | None = None,
     *,
@@ -44,7 +47,8 @@ def export(
     """Write a lazy model as a file that skips by itself.
 
     Args:
-        lazy: a model with trained gates, under any policy; the file always follows the gates.
+        lazy: a model with a plan or with gates, under any policy; the file always follows them. One that skips whole calls is
+            captured for this.
         directory: where to; written whole or not at all.
         format: "openvino" (caches as state) or "onnx" (caches as inputs and outputs); None: the recipe's.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
@@ -72,15 +76,16 @@ def export(
     for name, value, known in (("weights", weights, Weights), ("decide", decide, Granularity)):
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
+    graph = lazy if isinstance(lazy, LazyModel) else graph_of(lazy)
     with whole_folder(target) as folder:
 
         def write(form: Form) -> dict[str, Any]:
             for path in folder.iterdir():  # what the form before left
                 path.unlink()
-            card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
-            return card | ({"parity": parity(lazy, card, folder, target, form.sizes)} if check else {})
+            card = _write(graph, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
+            return card | ({"parity": parity(graph, card, folder, target, form.sizes)} if check else {})
 
-        card = widest(lazy, type(lazy.model).__name__, write)
+        card = widest(graph, type(graph.model).__name__, write)
         finish(card, folder)
     return target
 
