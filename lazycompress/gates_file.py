@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from .encoding import EncodingError, decode
+from .encoding import EncodingError, Zeros, decode, encode, outline
 from .errors import ExportError
 from .files import TensorEntry, checked, kind_of, read_json, read_tensors, tensor_entries
 from .gate import Gates
@@ -76,18 +76,19 @@ class GatesCard(BaseModel):
             raise ValueError(f"gates of more than {_LARGEST} bytes")
         return self
 
-    def read_recipe(self, where: Path) -> Recipe | None:
-        """The recipe that the gates were learned with.
 
-        Raises:
-            ExportError: it is none.
-        """
-        if self.recipe is None:
-            return None
-        try:
-            return load_recipe(self.recipe)
-        except Exception as error:  # whatever a recipe may be refused for, it is this file's fault
-            raise ExportError(f"{where}: recipe: {' '.join(str(error).split())[:300]}") from None
+def read_recipe(recipe: Mapping[str, Any] | None, where: Path) -> Recipe | None:
+    """The recipe that a file says was learned with.
+
+    Raises:
+        ExportError: it is none.
+    """
+    if recipe is None:
+        return None
+    try:
+        return load_recipe(recipe)
+    except Exception as error:  # whatever a recipe may be refused for, it is this file's fault
+        raise ExportError(f"{where}: recipe: {' '.join(str(error).split())[:300]}") from None
 
 
 def read_gates_card(folder: Path) -> GatesCard:
@@ -123,18 +124,17 @@ def read_gates(folder: Path, card: GatesCard) -> Gates:
     return gates
 
 
-def decoded_example(card: GatesCard, where: Path, tensor: Any) -> dict[str, Any] | None:
-    """The keyword arguments of the call that the gates were captured with, or None if the file keeps none.
+def decoded_example(node: Any, where: Path, tensor: Callable[[Any], Tensor]) -> dict[str, Any] | None:
+    """The keyword arguments of the call that a file keeps an example of, or None if it keeps none.
 
     Args:
-        card: what `gates.json` says.
+        node: what the file says of it; see `encoded_example`.
         where: its path.
         tensor: makes a tensor of its outline.
 
     Raises:
         ExportError: the file holds no such call.
     """
-    node = card.example
     if node is None:
         return None
     try:
@@ -148,9 +148,14 @@ def decoded_example(card: GatesCard, where: Path, tensor: Any) -> dict[str, Any]
     return value
 
 
-def example_of(call: Call) -> dict[str, Any]:
-    """The keyword arguments of a call."""
-    return call.arguments(call.tensors)
+def encoded_example(call: Call) -> Any:
+    """A call for a file; None where it holds something that a file cannot: loading then needs `example_inputs`."""
+    try:
+        found = encode(call.arguments(call.tensors), outline)
+        decode(found, Zeros(torch.device("meta")))  # within the limits of what is read
+    except EncodingError:
+        return None
+    return found
 
 
 def _check_entries(found: Mapping[str, TensorEntry], card: GatesCard, path: Path) -> None:

@@ -59,14 +59,17 @@ class Kind:
         name: as in "holds NAME already".
         noun: as in "is no NOUN of lazycompress".
         marker: the JSON file in it that says so: an object with the keys `lazycompress` (a version) and `files`.
+        other: another name that the marker may have.
     """
 
     name: str
     noun: str
     marker: str
+    other: str | None = None
 
 
-GATES = Kind("gates", "folder of gates", "gates.json")
+#: What `save` writes: of a lazy graph its gates, of a lazy module its plan.
+GATES = Kind("gates", "folder of gates", "gates.json", "plan.json")
 EXPORT = Kind("an export", "export", "lazycompress.json")
 DEMO = Kind("a demo", "demo", "demo.json")
 
@@ -122,7 +125,8 @@ def check_place(directory: str | Path, kind: Kind, overwrite: bool = False) -> P
             return place
         foreign = _foreign(place, kind)
         if foreign is not None:
-            if (place / kind.marker).exists() and foreign != kind.marker:
+            marker = _marker(place, kind)
+            if marker.exists() and foreign != marker.name:
                 raise ExportError(
                     f"{place} holds {foreign}, which lazycompress did not write, beside {kind.name}: move it away, or "
                     "choose another folder"
@@ -155,13 +159,14 @@ def place_of(directory: str | Path) -> Path:
     return place
 
 
-def seal(folder: Path, kind: Kind, about: Mapping[str, Any]) -> None:
+def seal(folder: Path, kind: Kind, about: Mapping[str, Any], marker: str | None = None) -> None:
     """Write the marker of a finished folder: `about`, the version, and size and hash of every file, sub-folders' too."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / kind.marker]
+    written = folder / (marker or kind.marker)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != written]
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths
     }
-    write_json({"lazycompress": __version__, **about, "files": files}, folder / kind.marker)
+    write_json({"lazycompress": __version__, **about, "files": files}, written)
 
 
 def _foreign(folder: Path, kind: Kind) -> str | None:
@@ -176,9 +181,15 @@ def _foreign(folder: Path, kind: Kind) -> str | None:
     return None
 
 
+def _marker(folder: Path, kind: Kind) -> Path:
+    """Where the marker of a folder is, or would be."""
+    own = folder / kind.marker
+    return folder / kind.other if kind.other and not os.path.lexists(own) else own
+
+
 def _own(folder: Path, kind: Kind) -> frozenset[str]:
     """Names of the files that the marker of a folder says are this package's; none without a marker."""
-    marker = folder / kind.marker
+    marker = _marker(folder, kind)
     if marker.is_symlink():
         return frozenset()
     try:
@@ -187,8 +198,8 @@ def _own(folder: Path, kind: Kind) -> frozenset[str]:
         return frozenset()
     if not isinstance(found, dict) or not isinstance(found.get("lazycompress"), str):
         return frozenset()
-    files = found.get("files", dict.fromkeys(_BEFORE.get(kind.marker, ())))
-    return frozenset({kind.marker, *files}) if isinstance(files, dict) else frozenset()
+    files = found.get("files", dict.fromkeys(_BEFORE.get(marker.name, ())))
+    return frozenset({marker.name, *files}) if isinstance(files, dict) else frozenset()
 
 
 def _take(place: Path, new: Path, shop: Path, kind: Kind, overwrite: bool) -> None:

@@ -223,6 +223,11 @@ class Recipe(Section):
         "outputs; 0: what the caches give",
     )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
+    units: Literal["auto", "calls", "branches"] = Field(
+        "auto",
+        description="what is computed or not: whole calls of the user's own module, or each of its branches in a graph of it; "
+        "auto: calls, unless the recipe asks for what only a graph has",
+    )
     guards: Guards = Field(Guards(), description="where reuse is forbidden")
     train: Train = Field(Train(), description="how the gates are learned")
     prune: Prune | None = Field(None, description="narrower layers, or weights set to zero, before anything else")

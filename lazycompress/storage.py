@@ -1,42 +1,48 @@
-"""Gates on disk: `gates.safetensors` with the numbers, `gates.json` with what they belong to."""
+"""What was learned, on disk: `gates.safetensors` and `gates.json` of a lazy graph, or `plan.json` of a lazy module."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .encoding import EncodingError, Zeros, decode, encode, outline
+from .encoding import Zeros
 from .errors import ExportError, InputError, LazyCompressError
-from .files import path_of, write_tensors
+from .files import kind_of, path_of, write_tensors
 from .gates_file import (
     DESCRIPTION_FILE,
     GATES_FILE,
-    GatesCard,
     decoded_example,
-    example_of,
+    encoded_example,
     read_gates,
     read_gates_card,
+    read_recipe,
 )
-from .graph.capture import Call, ExampleInputs, call_of, take_apart
+from .graph.capture import ExampleInputs, call_of, take_apart
+from .lazy.attach import Handle
+from .lazy.model import LazyModule
+from .lazy.store import PLAN_FILE, is_plan_of, load_plan, write_plan
 from .places import GATES, place_of, seal, whole_folder
 from .runtime import LazyModel
-from .weights import dtype_of, weights_hash
+from .weights import device_of, dtype_of, need_same, weights_hash
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)
 
+#: What can be saved.
+Learned = LazyModel | LazyModule | Handle
 
-def save(lazy: LazyModel, directory: str | Path, *, overwrite: bool | None = None) -> Path:
-    """Write the gates of a lazy model; the model's own weights are not written.
+
+def save(lazy: Learned, directory: str | Path, *, overwrite: bool | None = None) -> Path:
+    """Write the gates or the plan of a lazy model; the model's own weights are not written.
 
     Args:
         lazy: the model.
-        directory: where to: a folder that is free or empty, or that holds gates. Anything else is left alone.
-        overwrite: what happens to gates that are there: True replaces them, False never does; None does if they are of this
-            kind of model, with these branches, so that a loop can save again and again.
+        directory: where to: a folder that is free or empty, or that holds gates or a plan. Anything else is left alone.
+        overwrite: what happens to what is there: True replaces it, False never does; None does if it is of this kind of
+            model, with these branches, so that a loop can save again and again.
 
     Returns:
         The folder.
@@ -49,20 +55,20 @@ def save(lazy: LazyModel, directory: str | Path, *, overwrite: bool | None = Non
     place = place_of(directory)
     replaces = _is_of(lazy, place) if overwrite is None else overwrite
     with whole_folder(place, GATES, replaces) as folder:
-        write_gates(lazy, folder)
+        _write(lazy, folder)
     return Path(directory)
 
 
-def save_all(models: Mapping[str, LazyModel], folder: Path) -> None:
-    """Write the gates of the denoisers of one pipeline into a new folder: of several, each into a folder of its name."""
+def save_all(models: Mapping[str, Learned], folder: Path) -> None:
+    """Write what the denoisers of one pipeline learned into a new folder: of several, each into a folder of its name."""
     for lazy in models.values():
         _need_finite(lazy)
     if len(models) == 1:
-        write_gates(next(iter(models.values())), folder)
+        _write(next(iter(models.values())), folder)
         return
     for name, lazy in models.items():
         (folder / name).mkdir()
-        write_gates(lazy, folder / name)
+        _write(lazy, folder / name)
     seal(folder, GATES, {"denoisers": list(models)})
 
 
@@ -79,7 +85,7 @@ def write_gates(lazy: LazyModel, folder: Path) -> None:
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
         "targets": frontier_of(lazy),
-        "example": _example(lazy.example),
+        "example": encoded_example(lazy.example),
     }
     write_tensors(lazy.gates.state_dict(), folder / GATES_FILE)
     seal(folder, GATES, description)
@@ -99,34 +105,42 @@ def load(
     example_inputs: ExampleInputs | None = None,
     kind: type[_Lazy] = LazyModel,  # type: ignore[assignment]
     strict: bool = True,
-) -> _Lazy:
+) -> _Lazy | LazyModule:
     """A lazy model from a dense one and the folder that `save` wrote.
 
     Args:
-        model: the model that the gates were trained for; it is left as it is.
-        directory: where the gates are.
+        model: the model that was learned with; it is left as it is.
+        directory: where the gates, or the plan, are.
         example_inputs: arguments of one call; left out, tensors like those at training are made up.
-        kind: the class to make.
-        strict: refuse a model of another class, or with other weights, than the one that the gates were learned for. Gates
-            that version 0.1 wrote do not tell.
+        kind: the class to make where the folder holds gates; of a plan it is a `LazyModule`.
+        strict: refuse a model of another class, or with other weights, than the one that was learned with. Gates that version
+            0.1 wrote do not tell.
 
     Raises:
-        ExportError: the folder holds no gates, or those of another model; one line says what is wrong, and where.
+        ExportError: the folder holds nothing that was learned, or that of another model; one line says what is wrong, and
+            where.
         LazyCompressError: the gates do not fit the model.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"gates are loaded for an nn.Module; there was {type(model).__name__}")
     folder = path_of(directory)
+    if kind_of(folder / PLAN_FILE) == "file":
+        loaded = load_plan(model, folder, strict=strict)
+        module = LazyModule(model, loaded.engine)
+        module.recipe, module.example = loaded.recipe, loaded.example
+        if example_inputs is not None:
+            module.example = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
+        return module
     card = read_gates_card(folder)
     where = folder / DESCRIPTION_FILE
-    recipe = card.read_recipe(where)
+    recipe = read_recipe(card.recipe, where)
     gates = read_gates(folder, card)
     if strict:
-        _need_same(model, card, folder)
+        need_same(model, card.model, card.weights, card.dtype, f"the gates in {folder}")
     if example_inputs is not None:
         call = call_of(model, example_inputs)
     else:
-        arguments = decoded_example(card, where, Zeros(_device_of(model)))
+        arguments = decoded_example(card.example, where, Zeros(device_of(model)))
         if arguments is None:
             raise ExportError(f"{where} keeps no example of a call: pass example_inputs")
         call = take_apart(model, (), arguments)
@@ -141,19 +155,17 @@ def load(
     return lazy
 
 
-def _need_same(model: nn.Module, card: GatesCard, folder: Path) -> None:
-    name = type(getattr(model, "_orig_mod", model)).__name__
-    how = "strict=False takes them all the same"
-    if card.model and card.model != name:
-        raise ExportError(f"the gates in {folder} are of a {card.model}; this is a {name}: {how}")
-    if card.weights and (found := weights_hash(model)) and found != card.weights:
-        dtype = dtype_of(model)
-        then = f"in {card.dtype}; these are in {dtype}" if dtype != card.dtype else "with other values, names or shapes"
-        raise ExportError(f"the gates in {folder} were learned on other weights of {name}, {then}: {how}")
+def _write(lazy: Learned, folder: Path) -> None:
+    if isinstance(lazy, LazyModel):
+        write_gates(lazy, folder)
+    else:
+        write_plan(lazy, folder)
 
 
-def _is_of(lazy: LazyModel, place: Path) -> bool:
-    """Whether a folder holds gates of this kind of model, with these branches."""
+def _is_of(lazy: Learned, place: Path) -> bool:
+    """Whether a folder holds what was learned with this kind of model, with these branches."""
+    if not isinstance(lazy, LazyModel):
+        return is_plan_of(lazy, place)
     try:
         card = read_gates_card(place)
     except LazyCompressError:
@@ -162,28 +174,14 @@ def _is_of(lazy: LazyModel, place: Path) -> bool:
     return same_model and [branch.name for branch in card.branches] == [branch.name for branch in lazy.branches]
 
 
-def _need_finite(lazy: LazyModel) -> None:
-    if not isinstance(lazy, LazyModel):
+def _need_finite(lazy: Learned) -> None:
+    if not isinstance(lazy, Learned):
         raise InputError(f"only a lazy model has gates: call lazycompress.apply first; there was {type(lazy).__name__}")
+    if not isinstance(lazy, LazyModel):
+        return  # the numbers of a plan are finite: it could not be made else
     for name, value in lazy.gates.state_dict().items():
         if value.is_floating_point() and bool(value.isnan().any() if name == "rank" else (~value.isfinite()).any()):
             raise ExportError(f"the gates' {name} holds NaN or infinity: they were not learned; nothing was written")
 
 
-def _example(call: Call) -> Any:
-    """The call for `gates.json`; None where it holds something that a file cannot: loading then needs `example_inputs`."""
-    try:
-        found = encode(example_of(call), outline)
-        decode(found, Zeros(torch.device("meta")))  # within the limits of what is read
-    except EncodingError:
-        return None
-    return found
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    for value in (*model.parameters(), *model.buffers()):
-        return value.device
-    return torch.device("cpu")
-
-
-__all__ = ["DESCRIPTION_FILE", "GATES_FILE", "load", "save", "save_all", "write_gates"]
+__all__ = ["DESCRIPTION_FILE", "GATES_FILE", "PLAN_FILE", "load", "save", "save_all", "write_gates"]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .errors import ExportError
+
 #: Models up to so many bytes are hashed whole; of larger ones some of each tensor.
 WHOLE = 2 * 2**30
 
@@ -66,3 +68,31 @@ def _pieces(flat: Tensor, whole: bool) -> Iterator[Tensor]:
     last = max(0, flat.numel() - LENGTH)
     for first in sorted({k * last // (PIECES - 1) for k in range(PIECES)}):
         yield flat[first : first + LENGTH]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the first of a model's values is; the CPU for a model without any."""
+    for value in (*module.parameters(), *module.buffers()):
+        return value.device
+    return torch.device("cpu")
+
+
+def need_same(module: nn.Module, model: str, weights: str, dtype: str, what: str) -> None:
+    """Refuse what was learned with another model.
+
+    Args:
+        module: the model at hand.
+        model, weights, dtype: class, hash and dtype that a file names; empty where it does not tell.
+        what: is to be used with `module`, for the message.
+
+    Raises:
+        ExportError: the class is another, or the weights are.
+    """
+    name = type(getattr(module, "_orig_mod", module)).__name__
+    how = "strict=False takes them all the same"
+    if model and model != name:
+        raise ExportError(f"{what} are of a {model}; this is a {name}: {how}")
+    if weights and (found := weights_hash(module)) and found != weights:
+        own = dtype_of(module)
+        then = f"in {dtype}; these are in {own}" if own != dtype else "with other values, names or shapes"
+        raise ExportError(f"{what} were learned on other weights of {name}, {then}: {how}")

@@ -26,10 +26,13 @@ from ...export.folder import describe, parity
 from ...export.folder import export as export_model
 from ...export.trace import Form, trace, widest
 from ...files import kind_of, path_of, read_object, write_json
+from ...lazy.attach import Handle
+from ...lazy.convert import graph_of
 from ...places import EXPORT, check_place, seal, whole_folder
 from ...recipe import Recipe, load_recipe
+from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser
-from .pipelines import LazyDenoiser, apply_to_pipeline, disable, enable, lazy_denoisers
+from .pipelines import apply_to_pipeline, disable, enable, lazy_denoisers
 
 _log = logging.getLogger(__name__)
 
@@ -57,10 +60,11 @@ def export_pipeline(
         InputError: the pipeline is not lazy.
         MissingExtraError: the format's packages are not installed.
     """
-    lazy = lazy_denoisers(pipeline)
+    found = lazy_denoisers(pipeline)
     target = check_place(directory, EXPORT, overwrite)
     if format not in ("openvino", "onnx"):
         raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
+    lazy = {name: _graph(part) for name, part in found.items()}
     with whole_folder(target, EXPORT, overwrite) as folder:
         disable(pipeline)
         try:
@@ -151,6 +155,15 @@ def _optimum_class(pipeline_class: str) -> Any:
         return getattr(importlib.import_module("optimum.intel"), f"OV{pipeline_class}", None)
     except (ImportError, RuntimeError):
         return None
+
+
+def _graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
+    """The lazy graph that is written for a denoiser."""
+    if isinstance(lazy, LazyDenoiser):
+        return lazy
+    graph = graph_of(lazy, LazyDenoiser)
+    graph.turns = lazy.turns
+    return graph
 
 
 def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, target: Path, telemetry: bool) -> None:

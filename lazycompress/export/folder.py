@@ -9,6 +9,9 @@ from typing import Any, get_args
 
 from ..errors import ExportError, InputError
 from ..files import write_tensors
+from ..lazy.attach import Handle
+from ..lazy.convert import graph_of
+from ..lazy.model import LazyModule
 from ..places import EXPORT, check_place, seal, whole_folder
 from ..runtime import LazyModel
 from .card import Format, Granularity, Weights
@@ -29,7 +32,7 @@ _COMPOSED = 5e-2
 
 
 def export(
-    lazy: LazyModel,
+    lazy: LazyModel | LazyModule | Handle,
     directory: str | Path,
     format: str | None = None,
     *,
@@ -43,7 +46,8 @@ def export(
     """Write a lazy model as a file that skips by itself.
 
     Args:
-        lazy: a model with trained gates, under any policy; the file always follows the gates.
+        lazy: a model with a plan or with gates, under any policy; the file always follows them. One that skips whole calls is
+            captured for this.
         directory: where to; written whole or not at all.
         format: "openvino" (caches as state) or "onnx" (caches as inputs and outputs); None: the recipe's.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
@@ -74,16 +78,17 @@ def export(
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     place = check_place(directory, EXPORT, overwrite)
-    need_finite(lazy)
+    graph = lazy if isinstance(lazy, LazyModel) else graph_of(lazy)
+    need_finite(graph)
     with whole_folder(place, EXPORT, overwrite) as folder:
 
         def write(form: Form) -> dict[str, Any]:
             for path in folder.iterdir():  # what the form before left
                 path.unlink()
-            card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
-            return card | ({"parity": parity(lazy, card, folder, place, form.sizes)} if check else {})
+            card = _write(graph, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
+            return card | ({"parity": parity(graph, card, folder, place, form.sizes)} if check else {})
 
-        card = widest(lazy, type(lazy.model).__name__, write)
+        card = widest(graph, type(graph.model).__name__, write)
         seal(folder, EXPORT, card)
     return Path(directory)
 
