@@ -83,11 +83,13 @@ def _changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
+    said = "nothing"
     try:
         yield
     except LazyCompressError as error:
-        assert "\n" not in str(error)
-        assert 0 < len(str(error)) <= 1000
+        said = str(error)
+    assert "\n" not in said
+    assert 0 < len(said) <= 1000
 
 
 @settings(max_examples=150, deadline=None)
@@ -122,7 +124,7 @@ def test_exports(data: st.DataObject) -> None:
             before = path.read_bytes()
             path.write_bytes(data.draw(_changed_bytes(before)))
             if path != card and path.read_bytes() != before:
-                with pytest.raises(LazyCompressError, match="should be|was changed"):
+                with pytest.raises(LazyCompressError, match=r"should be|was changed"):
                     check_files(export, read_card(export))
         with _in_one_line():
             found = read_card(export)
@@ -167,7 +169,9 @@ def test_what_is_kept_is_read_as_it_was(value: Any) -> None:
 @settings(deadline=None)
 @given(_VALUES)
 def test_what_is_no_encoding_is_refused_or_harmless(node: Any) -> None:
+    said = ""
     try:
         decode(node, Zeros(torch.device("meta")))
     except EncodingError as error:
-        assert len(str(error)) < 300
+        said = str(error)
+    assert len(said) < 300
