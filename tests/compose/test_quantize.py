@@ -103,6 +103,7 @@ def test_all_matmuls_of_branches_are_in_8_bits_in_openvino(folder: Callable[[str
     assert outside[("f32", False)] == GATES, "gates stay in floating point"
 
 
+@pytest.mark.slow(seconds=30)
 def test_all_matmuls_of_branches_are_in_8_bits_in_onnx(folder: Callable[[str, str], Path]) -> None:
     found = onnx_matmuls(folder("int8", "onnx"))
     in_bodies = {key[1:]: count for key, count in found.items() if key[0] == "body"}
@@ -140,6 +141,7 @@ def test_weights_are_restored_once_and_not_in_each_call(stage: str, folder: Call
     assert not [node.name for node in loaded.graph.node if node.name.startswith("restored")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "inside", "outside"), [("int8_sym", "i8", "i8"), ("int8_asym", "u8", "u8"), ("int4_asym", "u4", "u8")]
 )
@@ -154,6 +156,7 @@ def test_other_ways_to_store_weights(mode: str, inside: str, outside: str, tmp_p
     assert {key[1] for key in found if key[0] == "outside"} == {outside, "f32"}
 
 
+@pytest.mark.slow(seconds=50)
 def test_files_are_as_small_as_their_weights(folder: Callable[[str, str], Path]) -> None:
     for format in FORMATS:
         sizes = {stage: size_of(folder(stage, format)) for stage in ("f32", "int8", "int4")}
@@ -191,6 +194,7 @@ def test_torch_and_file_decide_alike(
     assert ((reused > 0) & (reused < 1)).any(), "samples of one batch decide differently"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"preset": "performance"}, {"smooth_quant_alpha": 0.5}], ids=str)
 def test_other_ways_to_quantize_are_integers_in_onnx_too(options: dict[str, Any], tmp_path: Path) -> None:
     model: Any = two_blocks()
@@ -313,6 +317,7 @@ def test_falling_back_leaves_out_the_layers_that_hurt_most() -> None:
     assert "left out as they hurt most: " in str(report)
 
 
+@pytest.mark.slow(seconds=60)
 def test_layers_outside_of_branches_are_left_out_by_measurement_too(tmp_path: Path) -> None:
     """The rows of the last projection have ranges far apart after this: 8 bits for each row's range are too few."""
     model: Any = two_blocks()
@@ -339,6 +344,7 @@ def test_layers_outside_of_branches_are_left_out_by_measurement_too(tmp_path: Pa
     assert found["outside", "f32", False] == left, "static gates multiply nothing"
 
 
+@pytest.mark.slow(seconds=60)
 def test_weights_that_hurt_stay_in_8_bits(tmp_path: Path) -> None:
     free = compress_weights(make(), sampler, INT4.model_copy(update={"max_error": 1e9}))
     assert free.error is not None
@@ -356,6 +362,7 @@ def test_weights_that_hurt_stay_in_8_bits(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow(seconds=35)
 def test_a_limit_that_nothing_keeps_is_one_line() -> None:
     with pytest.raises(LazyCompressError, match=r"with the \d+ of \d+ layers left out.*allowed are 1\.00e-12"):
         quantize(make(), sampler, Quantize(subset_size=4, max_error=1e-12, on_error="fall_back"))
@@ -369,6 +376,7 @@ def test_an_ignored_scope_takes_names_of_modules() -> None:
 # -- whole recipes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(seconds=80)
 @pytest.mark.parametrize("recipe", ["lazy_dit_int8.yaml", "lazy_dit_int4.yaml", "lazy_dit_pruned_int8.yaml"])
 def test_shipped_recipes_run_and_export_to_both_formats(recipe: str, tmp_path: Path) -> None:
     model: Any = two_blocks()

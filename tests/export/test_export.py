@@ -203,6 +203,7 @@ class Eigenvalues(nn.Module):
         return sample + torch.linalg.eigvalsh(sample).mean()
 
 
+@pytest.mark.slow
 def test_a_conversion_that_fails_leaves_logging_as_it_was(tmp_path: Path) -> None:
     lazy = wrap(Eigenvalues(), (), small_inputs(2, 900), lively(torch.arange(1000)))
     before = logging.root.level, list(logging.root.filters), list(logging.root.handlers)
@@ -223,6 +224,7 @@ lazycompress.export(lazy, sys.argv[1], format=sys.argv[2], telemetry=True)
 """
 
 
+@pytest.mark.slow(seconds=120)
 @pytest.mark.parametrize("format", ["openvino", "onnx"])
 def test_a_killed_export_leaves_no_folder_that_loads(format: str, tmp_path: Path) -> None:
     """Killed as soon as each further file is there, until an export gets through."""

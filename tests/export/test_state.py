@@ -28,6 +28,7 @@ from lazycompress.runtime import LazyModel, wrap
 from tests.export_models import Reference, alike, small_dit, small_inputs, small_lazy
 
 TIMES = list(range(980, -1, -20))
+SLOW = pytest.mark.slow(seconds=15)
 
 #: What may happen next: kind, and numbers to choose with.
 events = st.lists(
@@ -193,7 +194,15 @@ def together() -> LazyModel:
     return wrap(small_dit(), (), small_inputs(2, 980), alike(torch.tensor(TIMES).float()))
 
 
-@pytest.fixture(scope="module", params=["openvino", "openvino bf16", "openvino explicit", "onnx"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "openvino",
+        pytest.param("openvino bf16", marks=SLOW),
+        pytest.param("openvino explicit", marks=SLOW),
+        "onnx",
+    ],
+)
 def together_file(
     request: pytest.FixtureRequest, together: LazyModel, export: Callable[..., Path]
 ) -> tuple[Callable[[], File], float]:
@@ -241,7 +250,7 @@ def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel
     assert 0.2 < float(outputs[1].mean()) < 0.8
 
 
-@pytest.mark.parametrize("gates", ["together", "steady"])
+@pytest.mark.parametrize("gates", ["together", pytest.param("steady", marks=SLOW)])
 def test_forecasts_lose_no_digits_under_a_bf16_hint(
     gates: str, request: pytest.FixtureRequest, export: Callable[..., Path]
 ) -> None:
@@ -311,7 +320,7 @@ def test_any_sequence_of_calls_equals_torch_with_explicit_caches(
     play(Runner(explicit_runner.twin()), lazy, sequence, 1e-4)
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnx"])
+@pytest.fixture(scope="module", params=["openvino", pytest.param("onnx", marks=SLOW)])
 def whole_batch_runner(request: pytest.FixtureRequest, lazy: LazyModel, export: Callable[..., Path]) -> Any:
     folder = export(lazy, format=request.param, decide="batch")
     return OpenVINORunner(folder) if request.param == "openvino" else OnnxRunner(folder)

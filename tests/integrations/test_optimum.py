@@ -71,6 +71,7 @@ def one_call_a_step(call: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in call.items() if key not in ("negative_prompt", "true_cfg_scale")}
 
 
+@pytest.mark.slow(seconds=150)
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
 def test_optimum_intel_runs_the_folder_unmodified(name: str, tmp_path: Path) -> None:
     specimen = PIPELINES[name]

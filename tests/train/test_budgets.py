@@ -84,7 +84,9 @@ def ratio_of(lazy: LazyModel, kind: str, reused: Tensor) -> float:
     return 1.0 - float((reused[:, chosen] * macs).sum(dim=1).mean() / macs.sum())
 
 
-@pytest.mark.parametrize("kinds", [{"attention": 0.8}, {"mlp": 0.4, "attention": 0.65}])
+@pytest.mark.parametrize(
+    "kinds", [{"attention": 0.8}, pytest.param({"mlp": 0.4, "attention": 0.65}, marks=pytest.mark.slow)]
+)
 def test_kinds_keep_shares_of_their_own_and_the_rest_meets_the_target(
     digits: nn.Module, kinds: dict[str, float]
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_static_schedule_is_what_most_samples_did_and_says_what_it_costs(dynam
         dynamic.set_gates(trained)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_static_schedule_freezes_the_papers_gates(digits: nn.Module) -> None:
     overrides = {**PAPER, "train.effort": 0.02, "schedule": "static", "target": 0.7}
     lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
@@ -272,6 +275,7 @@ def test_pairs_of_calls_from_real_images_are_one_step_apart(
     )
 
 
+@pytest.mark.slow
 def test_the_papers_gates_learn_from_real_images(digits: nn.Module, images: Path) -> None:
     def weights(**more: Any) -> Tensor:
         overrides = {**PAPER, "train.effort": 0.01, **more}

@@ -56,7 +56,7 @@ class CutOff(BaseException):
     """Like a kill: nothing handles it."""
 
 
-@pytest.mark.parametrize("made", [3, 9])
+@pytest.mark.parametrize("made", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
     digits: nn.Module, whole: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: int
 ) -> None:
@@ -92,6 +92,7 @@ def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
     assert left == runs_of_whole - made
 
 
+@pytest.mark.slow(seconds=25)
 def test_the_papers_training_goes_on_after_its_last_updates(
     digits: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_the_papers_training_goes_on_after_its_last_updates(
     same_gates(whole, resumed)
 
 
+@pytest.mark.slow(seconds=30)
 def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gates = tmp_path / "gates"
     settings = {"train.effort": 0.5, "sampling.steps": 8, "sampling.batch": 8}
@@ -267,6 +269,7 @@ if group.main:
 """
 
 
+@pytest.mark.slow(seconds=60)
 def test_two_processes_learn_what_one_does(digits: nn.Module, whole: LazyModel, tmp_path: Path) -> None:
     settings = {"loop": QUICK, "paper": {**PAPER, "train.effort": 0.02}}
     script = tmp_path / "train.py"
@@ -357,6 +360,7 @@ def test_autocast_runs_in_half_precision_and_finds_nearly_the_same(lazy: LazyMod
     assert float(torch.corrcoef(both)[0, 1]) > 0.99
 
 
+@pytest.mark.slow(seconds=30)
 def test_learning_in_less_memory_meets_the_target(digits: nn.Module, whole: LazyModel) -> None:
     small = learn(digits, {**QUICK, "train.precision": "bfloat16", "train.checkpointing": True})
     assert small.training_report.macs_ratio <= 0.5
