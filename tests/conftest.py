@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,6 @@ from lazycompress.integrations.digits.model import load_bundled
 from tests.slices import Slice, choose, unit
 
 torch.set_num_threads(1)
-
-pytest_plugins = ["pytester"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +38,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def digits() -> nn.Module:
     """The bundled DiT; tests must not change it."""
     return load_bundled()
+
+
+def two_blocks() -> nn.Module:
+    """The bundled DiT without its last four blocks: trained weights, and quick to capture and to export."""
+    model: Any = load_bundled()
+    model.transformer_blocks = model.transformer_blocks[:2]
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def short() -> nn.Module:
+    """Two blocks of the bundled DiT, where its images do not matter; tests must not change it."""
+    return two_blocks()
 
 
 def make_lively_gates(branches: list[Branch]) -> Gates:

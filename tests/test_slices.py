@@ -6,6 +6,8 @@ import pytest
 
 from tests.slices import Slice, choose, unit
 
+pytest_plugins = ["pytester"]
+
 SUITE = """
 import pytest
 

@@ -21,11 +21,11 @@ from lazycompress.compose import quantize as compose
 from lazycompress.compose.quantize import calibration, compress_weights, quantize
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
-from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
+from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
 from lazycompress.recipe import IgnoredScope, Quantize, Weights, load_recipe
 from lazycompress.runtime import LazyModel, wrap
 from tests.compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
-from tests.conftest import make_lively_gates
+from tests.conftest import make_lively_gates, two_blocks
 
 FORMATS = ["openvino", "onnx"]
 
@@ -33,13 +33,6 @@ FORMATS = ["openvino", "onnx"]
 LAYERS, BODIES, GATES = 12, 2, 4
 
 INT4 = Weights(mode="int4_sym", group_size=64, ratio=1.0, all_layers=True)
-
-
-def two_blocks() -> nn.Module:
-    """The bundled DiT without its last four blocks: trained weights, and quick to export."""
-    model: Any = load_bundled()
-    model.transformer_blocks = model.transformer_blocks[:2]
-    return model  # type: ignore[no-any-return]
 
 
 def sampler(model: Any) -> Tensor:
@@ -114,12 +107,16 @@ def test_all_matmuls_of_branches_are_in_8_bits_in_onnx(folder: Callable[[str, st
     assert outside["FLOAT"] == GATES
 
 
-def test_all_weights_of_branches_are_in_4_bits_and_others_in_8(folder: Callable[[str, str], Path]) -> None:
+@pytest.mark.slow(seconds=30)
+def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_openvino(folder: Callable[[str, str], Path]) -> None:
     found = openvino_matmuls(folder("int4", "openvino"))
     assert {key[1:]: count for key, count in found.items() if key[0] == "body"} == {("i4", False): LAYERS * BODIES}
     outside = {key[1:]: count for key, count in found.items() if key[0] == "outside"}
     assert outside[("f32", False)] == GATES, "gates stay in floating point"
     assert set(outside) == {("u8", False), ("f32", False)}
+
+
+def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_onnx(folder: Callable[[str, str], Path]) -> None:
     stored = onnx_matmuls(folder("int4", "onnx"))
     weights = {key[2]: count for key, count in stored.items() if key[0] == "body" and key[2] != "activation"}
     assert weights == {"INT4": LAYERS * BODIES}
@@ -128,7 +125,7 @@ def test_all_weights_of_branches_are_in_4_bits_and_others_in_8(folder: Callable[
     assert left["FLOAT"] == GATES
 
 
-@pytest.mark.parametrize("stage", ["int8", "int4"])
+@pytest.mark.parametrize("stage", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_weights_are_restored_once_and_not_in_each_call(stage: str, folder: Callable[[str, str], Path]) -> None:
     """ONNX Runtime computes what the main graph makes of constants alone when it loads the file, and no more then."""
     place = folder(stage, "onnx")
@@ -170,8 +167,15 @@ def test_files_are_as_small_as_their_weights(folder: Callable[[str, str], Path])
 # -- what they give ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("stage", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("stage", "format"),
+    [
+        ("int8", "openvino"),
+        ("int4", "onnx"),
+        pytest.param("int8", "onnx", marks=pytest.mark.slow),
+        pytest.param("int4", "openvino", marks=pytest.mark.slow),
+    ],
+)
 def test_torch_and_file_decide_alike(
     stage: str, format: str, request: pytest.FixtureRequest, folder: Callable[[str, str], Path]
 ) -> None:

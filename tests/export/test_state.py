@@ -106,9 +106,19 @@ def steady() -> LazyModel:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    return lambda lazy, **options: lazycompress.export(
-        lazy, tmp_path_factory.mktemp("state") / "out", telemetry=True, **options
-    )
+    """Exports a model once with the same options."""
+    done: dict[Any, Path] = {}
+
+    def export(
+        lazy: LazyModel, format: str = "openvino", stateful: bool = True, decide: Granularity = "sample"
+    ) -> Path:
+        key = lazy, format, stateful, decide
+        if key not in done:
+            out = tmp_path_factory.mktemp("state") / "out"
+            done[key] = lazycompress.export(lazy, out, format, telemetry=True, stateful=stateful, decide=decide)
+        return done[key]
+
+    return export
 
 
 @pytest.fixture(scope="module")
