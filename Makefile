@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --durations 10
 
-.PHONY: help demo test test-all lint bench bench-export bench-compose bench-quality docs check-extras clean
+.PHONY: help demo test test-all lint bench bench-export bench-compose bench-quality docs kills check-extras clean
 
 help:
 	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks: long, prints ratios; bench-export, bench-compose, bench-quality for one kind"
 	@echo "make docs   write the generated pages of docs/"
+	@echo "make kills  fifty kills at random moments of save, export and learning: old or new, never half"
 	@echo "make check-extras   a fresh environment per extra, and the README's quick start in it: long"
 
 $(STAMP): constraints.txt pyproject.toml
@@ -23,7 +24,7 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/lazycompress demo out/demo
+	$(BIN)/lazycompress demo out/demo --overwrite
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
@@ -57,6 +58,9 @@ bench-quality: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/lazycompress recipes --reference > docs/recipes.md
 	$(BIN)/python -m tests.coverage --write docs/coverage.md
+
+kills: $(STAMP)
+	$(BIN)/python -m tests.kills
 
 check-extras: $(STAMP)
 	$(BIN)/python -m tests.extras

@@ -18,10 +18,11 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .api import apply, locate
+    from .api import apply, image, locate
     from .export.folder import export
     from .graph.locate import Branch
-    from .integrations.diffusers import disable, enable, reset, summary
+    from .integrations.diffusers import disable, enable, reset, set_target, summary
+    from .lazy.model import LazyModule
     from .recipe import Recipe
     from .runtime import LazyModel
     from .storage import load, save
@@ -38,10 +39,13 @@ _LAZY = {
     "Branch": "graph.locate",
     "disable": "integrations.diffusers",
     "enable": "integrations.diffusers",
+    "image": "api",
     "reset": "integrations.diffusers",
+    "set_target": "integrations.diffusers",
     "summary": "integrations.diffusers",
     "Recipe": "recipe",
     "LazyModel": "runtime",
+    "LazyModule": "lazy.model",
     "load": "storage",
     "save": "storage",
 }
@@ -53,6 +57,7 @@ __all__ = [
     "InputError",
     "LazyCompressError",
     "LazyModel",
+    "LazyModule",
     "LocateError",
     "MissingExtraError",
     "Recipe",
@@ -62,10 +67,12 @@ __all__ = [
     "disable",
     "enable",
     "export",
+    "image",
     "load",
     "locate",
     "reset",
     "save",
+    "set_target",
     "summary",
 ]
 

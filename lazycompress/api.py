@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError, RecipeError
 from .graph.capture import ExampleInputs, call_of, capture
 from .graph.located import Branches, located
+from .lazy.attach import Handle, handle_of, uncompiled
+from .lazy.learn import lazy_module
+from .lazy.model import LazyModule
+from .lazy.scopes import scope_of
+from .models import signature_of
+from .noise import own_noise
 from .recipe import IgnoredScope, Recipe, load_recipe
+from .rehearsal import rehearse
 from .runtime import LazyModel
-from .sampling import Sampler, build_inputs, build_sampler, first_call
+from .sampling import Sampler, build_inputs, build_sampler, checked, first_call
 
 
 def locate(model: nn.Module, example_inputs: ExampleInputs) -> Branches:
@@ -59,18 +67,35 @@ def apply(
         progress: show progress bars.
 
     Returns:
-        A `LazyModel` that shares the model's weights; the model itself is left as it is. For a pipeline the pipeline, with
-        its denoisers lazy in place of the old ones.
+        A lazy module that shares the model's weights; the model itself is left as it is: a `LazyModule`, which runs that very
+        module, or a `LazyModel` with branches, see the recipe's `units`. For a pipeline the pipeline, with its denoisers lazy.
 
     Raises:
         LazyCompressError: the recipe, the inputs or the model are at fault; one line says what to do.
     """
     chosen = load_recipe(recipe, overrides)
+    sampler = checked(sampler) if sampler is not None else None
+    with own_noise():
+        return _applied(model_or_pipeline, chosen, example_inputs, sampler, call_kwargs, progress)
+
+
+def _applied(
+    model_or_pipeline: Any,
+    chosen: Recipe,
+    example_inputs: ExampleInputs | None,
+    sampler: Sampler | None,
+    call_kwargs: Mapping[str, Any] | None,
+    progress: bool,
+) -> Any:
+    """`apply` of a recipe that has been read; draws random numbers."""
     if not isinstance(model_or_pipeline, nn.Module):
         from .integrations.diffusers import apply_to_pipeline
 
         return apply_to_pipeline(model_or_pipeline, chosen, sampler=sampler, call_kwargs=call_kwargs, progress=progress)
     model = model_or_pipeline
+    _ = signature_of(model)
+    if handle_of(model) is not None or isinstance(model, LazyModule):
+        raise InputError(f"{type(model).__name__} is lazy already: apply takes the dense module, or the pipeline")
     if sampler is None and chosen.sampling is not None:
         sampler = build_sampler(chosen.sampling)
     if sampler is None and chosen.train.enabled:
@@ -78,12 +103,63 @@ def apply(
             "nothing to learn the gates on: pass sampler= (a callable that runs one denoising loop with the model it is "
             "given), or give the recipe a sampling section, or set train.enabled: false"
         )
+    if sampler is not None and not graph_is_needed(chosen):
+        return lazy_module(uncompiled(model), chosen, sampler)
     if example_inputs is None:
         if sampler is None:
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")
         sampling = chosen.sampling
         example_inputs = build_inputs(model, sampling) if sampling is not None else first_call(model, sampler)
     return make_lazy(model, example_inputs, chosen, sampler, progress=progress)
+
+
+@contextmanager
+def image(model_or_pipeline: Any, timesteps: Sequence[float] | Tensor | None = None) -> Iterator[None]:
+    """Within the block, calls belong to one run of a sampler: images begin in it, and end with it.
+
+    Not needed inside of a pipeline's call, which is such a run, nor for samplers of ODEs, whose images go on by themselves.
+
+    Args:
+        model_or_pipeline: a lazy module, a module of a lazy pipeline, or the pipeline.
+        timesteps: that the run will have, if they are known: the plan is made for them.
+
+    Raises:
+        InputError: nothing there is lazy.
+    """
+    if isinstance(model_or_pipeline, nn.Module):
+        found: list[Any] = [handle_of(model_or_pipeline) or model_or_pipeline]
+    else:
+        from .integrations.diffusers import lazy_denoisers
+
+        found = list(lazy_denoisers(model_or_pipeline).values())
+    lazies = [lazy for lazy in found if hasattr(lazy, "engine")]
+    if not lazies:
+        raise InputError(f"{type(model_or_pipeline).__name__} skips no whole calls: there is no image to open")
+    modules = [lazy.module if isinstance(lazy, Handle) else lazy for lazy in lazies]
+    with scope_of(modules, timesteps) as scope:
+        try:
+            yield
+        finally:
+            for lazy in lazies:
+                lazy.engine.end(scope)
+
+
+def graph_is_needed(recipe: Recipe) -> bool:
+    """Whether a recipe runs as a lazy graph, with branches, and not as whole calls of the user's own module.
+
+    Raises:
+        RecipeError: it says `units: calls`, and has what only a graph has.
+    """
+    reasons = [
+        *(name for name in ("prune", "quantize", "weights") if getattr(recipe, name) is not None),
+        *(f"guards.{name}" for name in ("exclude", "kind_targets") if getattr(recipe.guards, name)),
+        *(["train.method: paper"] if recipe.train.method == "paper" else []),
+        *(["schedule: gates"] if recipe.schedule == "gates" else []),
+        *(["a list of targets"] if len(recipe.targets) > 1 else []),
+    ]
+    if recipe.units == "calls" and reasons:
+        raise RecipeError(f"units: calls goes without a graph, which {reasons[0]} needs; say units: branches")
+    return recipe.units == "branches" or bool(reasons)
 
 
 def make_lazy(
@@ -110,6 +186,9 @@ def make_lazy(
     """
     _check(recipe, sampler, model, example_inputs)
     learns = recipe.train.enabled and sampler is not None
+    if sampler is not None and (learns or recipe.prune or recipe.quantize or recipe.weights):
+        sampler = checked(sampler)
+        rehearse(model, sampler, recipe.train.seed)
     before: list[Any] = []
     if recipe.prune is not None and sampler is not None:
         from .compose.prune import prune

@@ -6,10 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExportError, InputError, LazyCompressError, RecipeError
+from .errors import ExportError, InputError, LazyCompressError, RecipeError, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     with_model(apply)
     with_recipe(apply)
     apply.add_argument("directory", type=Path, help="where to write the gates")
+    apply.add_argument("--overwrite", action="store_true", help="replace gates that are there")
     apply.add_argument("--resume", action="store_true", help="go on with a training into this folder that was cut off")
 
     export = command("export", _export, "write a model or a pipeline as OpenVINO or ONNX")
@@ -111,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "learn, export, sample and compare on the bundled model")
     demo.add_argument("directory", type=Path, help="where to write")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
     demo.add_argument("--images", type=int, default=2000, help="images per way of sampling (default: 2000)")
     return parser
 
@@ -122,7 +125,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
+    from .files import kind_of
+
+    return kind_of(folder / "model_index.json", InputError) == "file"
 
 
 def _parts(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
@@ -147,39 +152,41 @@ def _parts(options: argparse.Namespace) -> dict[str, tuple[nn.Module, dict[str, 
 
 
 def _read_inputs(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
+    from .files import read_tensors
 
-    try:
-        return dict(load_file(path))
-    except Exception as error:  # safetensors raises an error class of its own
-        raise InputError(f"--inputs {path}: {error}") from None
+    return dict(read_tensors(path, InputError))
 
 
 def overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """`["target=0.4"]` as `{"target": 0.4}`; values are YAML.
 
     Raises:
-        InputError: an assignment has no `=`.
+        InputError: an assignment has no `=`, or no key before it.
+        RecipeError: its value is not YAML.
     """
-    import yaml
+    from .strict_yaml import parse
 
     found = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment}: write KEY=VALUE, such as --set target=0.4")
-        found[key.strip()] = yaml.safe_load(value)
+        if not equals or not key.strip():
+            raise InputError(f"--set {shown(assignment)}: write KEY=VALUE, such as --set target=0.4")
+        found[key.strip()] = parse(value, f"--set {shown(key.strip())}")
     return found
 
 
 def _locate(options: argparse.Namespace) -> None:
     from .api import locate
+    from .files import check_file, write_file
+    from .graph.draw import MARK
 
+    for path in filter(None, (options.svg, options.html)):
+        check_file(path, MARK)
     found = {name: locate(model, inputs) for name, (model, inputs) in _parts(options).items()}
     for name, branches in found.items():
         for path, text in ((options.svg, branches.svg()), (options.html, branches.html())):
             if path is not None:
-                _write(path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}"), text)
+                write_file(path if len(found) == 1 else path.with_stem(f"{path.stem}_{name}"), text, MARK)
         if not options.json:
             print(branches)
     if options.json:
@@ -195,43 +202,64 @@ def _locate(options: argparse.Namespace) -> None:
 def _apply(options: argparse.Namespace) -> None:
     from .api import apply
     from .integrations.diffusers import lazy_denoisers, load_denoiser, load_pipeline
-    from .storage import save
+    from .places import GATES, whole_folder
+    from .storage import save_all
     from .train.checkpoint import begin, discard
     from .train.distributed import Group
 
     recipe, group = _recipe(options), Group.find()
     progress = not options.json
-    kept = begin(recipe.train.checkpoint, options.directory, options.resume, group)
-    recipe = recipe.with_checkpoint(str(kept))
-    made: dict[str, Any]
-    if recipe.sampling is None and _is_pipeline(options.model):
-        made = dict(lazy_denoisers(apply(load_pipeline(options.model), recipe, progress=progress)))
-    else:
-        model = load_denoiser(options.model)
-        if recipe.sampling is None:
-            raise RecipeError(f"{options.recipe} has no sampling section, from which a single model's inputs come")
-        made = {"": apply(model, recipe, progress=progress)}
-    if not group.main:  # what all processes learned is written by one
+    _not_the_models_own(options)
+    # What all processes learn is written by one, which holds the place from before the first of them learns.
+    with whole_folder(options.directory, GATES, options.overwrite) if group.main else nullcontext() as folder:
+        kept = begin(recipe.train.checkpoint, options.directory, options.resume, group)
+        recipe = recipe.with_checkpoint(str(kept))
+        made: dict[str, Any]
+        if recipe.sampling is None and _is_pipeline(options.model):
+            made = dict(lazy_denoisers(apply(load_pipeline(options.model), recipe, progress=progress)))
+        else:
+            model = load_denoiser(options.model)
+            if recipe.sampling is None:
+                raise RecipeError(f"{options.recipe} has no sampling section, from which a single model's inputs come")
+            made = {"": apply(model, recipe, progress=progress)}
+        if folder is not None:
+            save_all(made, folder)
+    if not group.main:
         return
-    reports = {}
-    for name, lazy in made.items():
-        folder = options.directory if len(made) == 1 else options.directory / name
-        save(lazy, folder)
-        reports[name] = vars(lazy.training_report) if lazy.training_report is not None else {}
-        if progress:
-            print(lazy.training_report)
-            print(f"gates written to {folder}")
     if not _recipe(options).train.checkpoint:
         discard(kept)
+    reports = {n: vars(lazy.training_report) if lazy.training_report is not None else {} for n, lazy in made.items()}
+    if progress:
+        for name, lazy in made.items():
+            print(lazy.training_report)
+            print(f"gates written to {options.directory if len(made) == 1 else options.directory / name}")
     if options.json:
         print(json.dumps(next(iter(reports.values())) if len(reports) == 1 else reports))
+
+
+def _not_the_models_own(options: argparse.Namespace) -> None:
+    """Refuse to write into the place of what is read.
+
+    Raises:
+        ExportError: names it.
+    """
+    from .files import path_of
+    from .places import place_of
+
+    place = place_of(options.directory)
+    for what in ("model", "gates"):
+        read = getattr(options, what, None)
+        if read is not None and place in ((found := path_of(read, f"--{what}").absolute()), *found.parents):
+            raise ExportError(f"{options.directory} holds what --{what} names: choose another folder")
 
 
 def _export(options: argparse.Namespace) -> None:
     from .export.folder import export
     from .integrations.diffusers import export_folder, load_denoiser
+    from .places import EXPORT, check_place
     from .storage import load
 
+    _not_the_models_own(options)
     telemetry = True if options.telemetry else None
     if options.gates is None:
         recipe = _recipe(options)
@@ -240,19 +268,19 @@ def _export(options: argparse.Namespace) -> None:
             overwrite=options.overwrite, progress=not options.json,
         )  # fmt: skip
     else:
+        check_place(options.directory, EXPORT, options.overwrite)
         lazy: LazyModel = load(load_denoiser(options.model), options.gates)
         folder = export(lazy, options.directory, options.format, telemetry=telemetry, overwrite=options.overwrite)
     print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from .export.card import exports_in
-    from .export.folder import verify
+    from .export.check import verify_all
 
-    reports = [verify(folder) for folder in exports_in(options.directory)]
+    reports = verify_all(options.directory)
     ok = all(report.ok for report in reports)
     if options.json:
-        print(json.dumps({"ok": ok, "files": [vars(report) | {"ok": report.ok} for report in reports]}))
+        print(json.dumps({"ok": ok, "files": [vars(r) | {"ok": r.ok, "relative": r.relative} for r in reports]}))
     else:
         print("\n".join(map(str, reports)))
     if not ok:
@@ -289,7 +317,8 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from .recipe import load_recipe, reference, shipped_recipes
+    from .recipe import load_recipe, shipped_recipes
+    from .recipe_reference import reference
 
     if options.reference:
         print(reference())
@@ -306,13 +335,6 @@ def _recipes(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from .integrations.digits.demo import run_demo
 
-    rows = run_demo(options.directory, options.images)
+    rows = run_demo(options.directory, options.images, overwrite=options.overwrite)
     if options.json:
         print(json.dumps([vars(row) for row in rows]))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None

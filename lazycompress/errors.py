@@ -5,9 +5,19 @@ A message is one line that says what is wrong, where, what there was, and what t
 
 from __future__ import annotations
 
+#: Longest message. What a line quotes (a value, another library's error) may be of any length.
+LONGEST = 480
+
 
 class LazyCompressError(Exception):
-    """Base of every error that the input of lazycompress can cause."""
+    """Base of every error that the input of lazycompress can cause.
+
+    Args:
+        message: white space is made single spaces; of a long message the middle is left out, as what to do stands at its end.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message, LONGEST))
 
 
 class RecipeError(LazyCompressError):
@@ -39,3 +49,20 @@ class MissingExtraError(LazyCompressError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}: pip install 'lazycompress[{extra}]'")
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text as one line of at most so many characters: of a longer one the middle is left out."""
+    line = " ".join(text.split())
+    if len(line) <= longest:
+        return line
+    end = (longest - 5) // 3
+    return f"{line[: longest - 5 - end]} ... {line[-end:]}"
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: what Python writes for it, if that is short."""
+    try:
+        return shortened(repr(value), 80)
+    except Exception:  # a number of 5000 digits, an object whose own repr fails
+        return f"a value of type {type(value).__name__}"

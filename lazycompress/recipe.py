@@ -5,17 +5,24 @@ Every field has a default and a one-line description; `docs/recipes.md` is gener
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from .errors import RecipeError
+from .errors import RecipeError, shown
+from .sections import Section, explain
+from .strict_yaml import MOST_LEVELS, parse, read_text
+
+#: One size of a tensor.
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+#: What a tensor of integers can hold.
+Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -26,45 +33,57 @@ Shares = Annotated[
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Condition(_Section):
+class Condition(Section):
     """One conditioning input that a recipe's own sampler makes up, drawn anew for each sampling run."""
 
     kind: Literal["integers", "normal", "constant"] = Field("normal", description="how its values are drawn")
-    shape: list[int] = Field(default_factory=list, description="sizes without the batch")
-    low: int = Field(0, description="smallest integer (integers)")
-    high: int = Field(2, description="one more than the largest integer (integers)")
+    shape: list[Size] = Field(default_factory=list, max_length=8, description="sizes without the batch")
+    low: Integer = Field(0, description="smallest integer (integers)")
+    high: Integer = Field(2, description="one more than the largest integer (integers)")
     value: float = Field(0.0, description="the value (constant)")
     dtype: str = Field("", description="torch dtype; empty: int64 for integers, else the model's")
 
+    @model_validator(mode="after")
+    def _some_integer(self) -> Condition:
+        if self.kind == "integers" and self.low >= self.high:
+            raise ValueError(f"low is to be below high; there was low: {self.low}, high: {self.high}")
+        return self
 
-class Sampling(_Section):
+
+class Sampling(Section):
     """A denoising loop that needs no pipeline: a diffusers scheduler over random latents."""
 
     scheduler: str = Field("DDIMScheduler", description="class name of a diffusers scheduler")
     scheduler_config: dict[str, Any] = Field(default_factory=dict, description="its configuration")
-    steps: int = Field(50, ge=1, description="denoising steps")
-    batch: int = Field(32, ge=1, description="images per sampling run")
-    latents: list[int] = Field(description="shape of one latent image, without the batch")
+    steps: int = Field(50, ge=1, le=10_000, description="denoising steps")
+    batch: Size = Field(32, description="images per sampling run")
+    latents: list[Size] = Field(min_length=1, max_length=8, description="shape of one latent image, without the batch")
     latents_input: str = Field("hidden_states", description="the model's argument for the latents")
     timestep_input: str = Field("timestep", description="the model's argument for the timestep")
     conditions: dict[str, Condition] = Field(default_factory=dict, description="the model's other tensor arguments")
     constants: dict[str, Any] = Field(default_factory=dict, description="the model's other arguments, as they are")
 
+    @model_validator(mode="after")
+    def _each_argument_once(self) -> Sampling:
+        names = [self.latents_input, self.timestep_input, *self.conditions, *self.constants]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(
+                f"the argument {twice[0]!r} is there twice among latents_input, timestep_input, conditions and constants"
+            )
+        return self
 
-class Pipeline(_Section):
+
+class Pipeline(Section):
     """What a diffusers pipeline samples while its gates are learned."""
 
     prompts: list[str] = Field(default_factory=list, description="prompts to draw from (pipelines that take prompt)")
     class_labels: list[int] = Field(default_factory=list, description="labels to draw from (class_labels)")
-    batch: int = Field(0, ge=0, description="images per sampling run; 0: one for every prompt or label")
+    batch: int = Field(0, ge=0, le=2**31 - 1, description="images per sampling run; 0: one for every prompt or label")
     call: dict[str, Any] = Field(default_factory=dict, description="other arguments of the pipeline's call")
 
 
-class Guards(_Section):
+class Guards(Section):
     """Where a branch may not reuse, whatever its gate says."""
 
     warmup_steps: int = Field(1, ge=1, description="first steps that compute everything (the first one always does)")
@@ -79,15 +98,17 @@ class Guards(_Section):
     )
 
 
-class Train(_Section):
+class Train(Section):
     """How the gates are learned: in the sampler's own loop, judged by its final image."""
 
     enabled: bool = Field(True, description="false leaves the gates untrained: they always compute")
     method: Literal["trajectory", "paper"] = Field(
         "trajectory", description="judged by the final image, or two steps with a soft blend as in LazyDiT's paper"
     )
-    seed: int = Field(0, description="seed of the noise and of the probes")
-    effort: Annotated[float, Field(gt=0.0)] = Field(1.0, description="multiplies the sampling runs spent on training")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the noise and of the probes")
+    effort: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        1.0, description="multiplies the sampling runs spent on training"
+    )
     precision: Literal["", "bfloat16"] = Field(
         "", description="autocast of the runs that have gradients; empty: none. Images are judged without it"
     )
@@ -104,7 +125,7 @@ class Train(_Section):
     )
 
 
-class IgnoredScope(_Section):
+class IgnoredScope(Section):
     """NNCF's IgnoredScope: what stays in floating point."""
 
     names: list[str] = Field(
@@ -114,12 +135,14 @@ class IgnoredScope(_Section):
     types: list[str] = Field(default_factory=list, description="NNCF operation types")
 
 
-class Quantize(_Section):
+class Quantize(Section):
     """Post-training quantization of weights and activations to 8 bits, with the parameters of `nncf.quantize`."""
 
     preset: Literal["performance", "mixed"] = Field("mixed", description="symmetric, or asymmetric activations")
     model_type: Literal["transformer"] = Field("transformer", description="NNCF's model type")
-    subset_size: int = Field(50, ge=1, description="calls of the model to calibrate on, spread over a sampling run")
+    subset_size: int = Field(
+        50, ge=1, le=1_000_000, description="calls of the model to calibrate on, spread over a sampling run"
+    )
     fast_bias_correction: bool = Field(True, description="correct biases on statistics alone")
     smooth_quant_alpha: float = Field(-1.0, description="SmoothQuant's alpha; -1 switches it off")
     ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what is left out, besides all that is no branch")
@@ -132,7 +155,7 @@ class Quantize(_Section):
     )
 
 
-class Weights(_Section):
+class Weights(Section):
     """Weights stored in fewer bits, with the parameters of `nncf.compress_weights`."""
 
     mode: Literal["int8_sym", "int8_asym", "int4_sym", "int4_asym"] = Field(
@@ -145,7 +168,7 @@ class Weights(_Section):
     scale_estimation: bool | None = Field(
         None, description="scales that minimise the output's error (needs calibration)"
     )
-    subset_size: int = Field(32, ge=1, description="calls of the model to calibrate on")
+    subset_size: int = Field(32, ge=1, le=1_000_000, description="calls of the model to calibrate on")
     ignored_scope: IgnoredScope = Field(IgnoredScope(), description="what keeps its weights as they are")
     max_error: float | None = Field(
         None, gt=0.0, description="largest mean squared error of held-out final latents to the model before the stage"
@@ -156,7 +179,7 @@ class Weights(_Section):
     )
 
 
-class Prune(_Section):
+class Prune(Section):
     """Pruning of the model before it is captured, repaired by a short training against the dense one."""
 
     method: Literal["structured", "magnitude"] = Field(
@@ -167,18 +190,18 @@ class Prune(_Section):
     )
     heads: float = Field(0.0, ge=0.0, lt=1.0, description="share of each attention's heads taken out (structured)")
     ratio: float = Field(0.25, gt=0.0, lt=1.0, description="share of each weight matrix set to zero (magnitude)")
-    finetune_steps: int = Field(300, ge=0, description="steps of the training that repairs the model")
+    finetune_steps: int = Field(300, ge=0, le=1_000_000, description="steps of the training that repairs the model")
     learning_rate: float = Field(1e-4, gt=0.0, description="largest learning rate of AdamW in that training")
 
 
-class Export(_Section):
+class Export(Section):
     """What `lazycompress.export` writes unless told otherwise."""
 
     format: Literal["openvino", "onnx"] = Field("openvino", description="file format")
     telemetry: bool = Field(False, description="add an output with the decisions of each step")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. Every key may be left out."""
 
     target: Shares = Field(
@@ -200,6 +223,11 @@ class Recipe(_Section):
         "outputs; 0: what the caches give",
     )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
+    units: Literal["auto", "calls", "branches"] = Field(
+        "auto",
+        description="what is computed or not: whole calls of the user's own module, or each of its branches in a graph of it; "
+        "auto: calls, unless the recipe asks for what only a graph has",
+    )
     guards: Guards = Field(Guards(), description="where reuse is forbidden")
     train: Train = Field(Train(), description="how the gates are learned")
     prune: Prune | None = Field(None, description="narrower layers, or weights set to zero, before anything else")
@@ -291,36 +319,58 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Mapp
     Raises:
         RecipeError: there is no such recipe, it is not YAML, or a key or value in it is wrong; names file and key.
     """
-    if isinstance(source, Recipe):
-        data: Any = source.model_dump()
+    if isinstance(source, Recipe | Mapping):
+        data: Any = source.model_dump() if isinstance(source, Recipe) else source
         where = "recipe"
-    elif isinstance(source, Mapping):
-        data, where = dict(source), "recipe"
     else:
         text, where = _read(source)
-        try:
-            data = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
+        data = parse(text, where)
+        data = {} if data is None else data
+    if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: a recipe is a mapping of keys, there was {type(data).__name__}")
+    if not isinstance(overrides, Mapping | None):
+        raise RecipeError(f"overrides: a mapping of dotted keys is needed, there was {shown(overrides)}")
+    own = _copied(data, where)
     for key, value in (overrides or {}).items():
-        _override(data, key, value, where)
+        if not isinstance(key, str):
+            raise RecipeError(f"overrides: a key is a dotted name such as 'guards.max_reuse', there was {shown(key)}")
+        _override(own, key, _copied(value, f"override {shown(key)}"), where)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(own)
     except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from None
+        raise RecipeError(explain(error, Recipe, where)) from None
+
+
+def _copied(value: Any, where: str, level: int = 0) -> Any:
+    """The same in mappings and lists of its own: what the caller holds is never written to."""
+    if level > MOST_LEVELS:
+        raise RecipeError(
+            f"{where}: more than {MOST_LEVELS} lists and sections in each other, or one that holds itself"
+        )
+    if isinstance(value, Mapping):
+        return {key: _copied(inner, where, level + 1) for key, inner in value.items()}
+    return [_copied(inner, where, level + 1) for inner in value] if isinstance(value, list) else value
 
 
 def _read(source: str | Path) -> tuple[str, str]:
+    if not isinstance(source, str | os.PathLike) or isinstance(os.fspath(source), bytes):
+        raise RecipeError(
+            f"a recipe is a path, the name of a shipped recipe, a dictionary or a Recipe; there was {shown(source)}"
+        )
     path = Path(source)
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = is_folder = False
+    if is_file:
+        return read_text(path), str(path)
+    if is_folder:
+        raise RecipeError(f"{path} is a folder, no recipe")
     shipped = shipped_recipes()
     name = path.name if path.name in shipped else f"{path.name}.yaml"
     if path.parent == Path() and name in shipped:
         return importlib.resources.files("lazycompress.recipes").joinpath(name).read_text(encoding="utf-8"), name
-    raise RecipeError(f"no recipe {str(source)!r}: neither a file nor one of the shipped {', '.join(shipped)}")
+    raise RecipeError(f"no recipe {shown(str(source))}: neither a file nor one of the shipped {', '.join(shipped)}")
 
 
 def _override(data: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -330,71 +380,5 @@ def _override(data: dict[str, Any], key: str, value: Any, where: str) -> None:
             data[parent] = {}
         data = data[parent]
         if not isinstance(data, dict):
-            raise RecipeError(f"{where}: cannot set {key}: {parent} is not a section")
+            raise RecipeError(f"{where}: cannot set {shown(key)}: {shown(parent)} is not a section")
     data[last] = value
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("a share", "shares")]
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        known = _fields(Recipe, location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        return f"{where}: unknown key {key!r}; {hint}"
-    if first["type"] == "value_error":
-        return f"{where}: {first['ctx']['error']}"
-    return f"{where}: key {key!r}: {first['msg'].lower()}; there was {first['input']!r}"
-
-
-def _fields(section: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        annotation: Any = section.model_fields[part].annotation if part in section.model_fields else None
-        section = _section_of(annotation) or section
-    return list(section.model_fields)
-
-
-def reference() -> str:
-    """Every field of a recipe as Markdown tables: key, type, default, description."""
-    lines = ["# Recipe reference", "", "Generated by `lazycompress recipes --reference`.", ""]
-    sections: list[tuple[str, type[BaseModel]]] = [("", Recipe)]
-    while sections:
-        prefix, section = sections.pop(0)
-        lines += [f"## {prefix.rstrip('.') or 'Top level'}", ""]
-        if section.__doc__:
-            lines += [section.__doc__.splitlines()[0], ""]
-        lines += ["| key | type | default | what |", "|---|---|---|---|"]
-        for name, field in section.model_fields.items():
-            inner = _section_of(field.annotation)
-            if inner is not None:
-                sections.append((f"{prefix}{name}.", inner))
-            kind = "section" if inner is not None else _kind(field.annotation)
-            default = (
-                "required"
-                if field.is_required()
-                else ""
-                if inner is not None
-                else f"`{field.get_default(call_default_factory=True)!r}`"
-            )
-            lines.append(f"| `{prefix}{name}` | {kind} | {default} | {field.description} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def _kind(annotation: Any) -> str:
-    """A type as one reads it, its constraints left out."""
-    if get_origin(annotation) is Annotated:
-        return _kind(annotation.__origin__)
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_kind(option) for option in annotation.__args__)
-    if get_origin(annotation) in (list, dict):
-        return f"{get_origin(annotation).__name__}[{', '.join(_kind(option) for option in annotation.__args__)}]"
-    if annotation is type(None):
-        return "None"
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -40,6 +40,11 @@ class Summary:
     reused: list[float]
     calls: int
 
+    @property
+    def runs(self) -> int:
+        """What `skip_ratio` is a share of."""
+        return self.calls * len(self.branches)
+
     def __str__(self) -> str:
         total = sum(branch.macs for branch in self.branches)
         table = Table(title=f"{len(self.branches)} branches, {self.calls} calls")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from . import targets
 from .contexts import States
-from .errors import InputError, LazyCompressError, LocateError
+from .errors import InputError, LazyCompressError, LocateError, shortened, shown
 from .gate import Gates, fingerprint, timestep_per_sample
 from .graph.capture import Call, CallKey, Capture, capture, take_apart
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
@@ -22,6 +23,7 @@ from .graph.locate import Branch, locate_branches
 from .graph.lower import Controller, lazy_branches, lower
 from .graph.lower_whole import lower_whole
 from .graph.ops import macs_of
+from .models import described, place_of
 from .recipe import Recipe
 from .report import Summary, Usage
 
@@ -32,6 +34,10 @@ Policy = Literal["learned", "compute", "reuse"]
 _Result = TypeVar("_Result")
 
 _THRESHOLDS = {"compute": float("inf"), "reuse": -1.0}
+
+
+#: What a copy has besides model, example and gates.
+_COPIED = ("recipe", "training_report", "reports", "_policy")
 
 
 class _Program:
@@ -150,11 +156,11 @@ class LazyModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         own = getattr(self.model, "dtype", None)
-        return own if isinstance(own, torch.dtype) else next(self.model.parameters()).dtype
+        return own if isinstance(own, torch.dtype) else place_of(self.model)[0]
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return place_of(self.model)[1]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -191,8 +197,8 @@ class LazyModel(nn.Module):
 
     @policy.setter
     def policy(self, value: Policy) -> None:
-        if value not in ("learned", "compute", "reuse"):
-            raise LazyCompressError(f"policy: there is no {value!r}; use 'learned', 'compute' or 'reuse'")
+        if not isinstance(value, str) or value not in ("learned", "compute", "reuse"):
+            raise LazyCompressError(f"policy: there is no {shown(value)}; use 'learned', 'compute' or 'reuse'")
         self._policy = value
 
     def reset(self) -> None:
@@ -220,6 +226,17 @@ class LazyModel(nn.Module):
                 program.forget()
         self._states.clear()
         return self
+
+    def __reduce__(self) -> Any:
+        # A copy, or what was pickled, is captured again: graphs hold functions that neither can be done with.
+        if self.stages:
+            raise LazyCompressError(
+                f"a lazy model that went through {', '.join(self.stages)} cannot be copied or pickled: copy the dense model "
+                "and make it lazy again, or export it"
+            )
+        names = (*_COPIED, *inspect.get_annotations(type(self)))
+        kept = {name: value for name, value in vars(self).items() if name in names}
+        return _captured_again, (type(self), self.model, self.example, self.gates, self.timestep_input), kept
 
     def _places(self) -> list[tuple[int, torch.device, torch.dtype]]:
         """Where the model's values are, and as what."""
@@ -262,7 +279,7 @@ class LazyModel(nn.Module):
             self.gates.never,
             lambda: [spec.fresh(call.batch, latents.device) for spec in lowered.state],
         )
-        results = list(lowered.graph_module(*call.tensors, threshold, *state.tensors))
+        results = self._run(lowered, call, [threshold, *state.tensors])
         count = lowered.outputs
         if self._outputs is not None:
             given = self._outputs([results[k] for k in lowered.forecast])
@@ -271,6 +288,23 @@ class LazyModel(nn.Module):
         state.tensors = [value.detach() for value in results[count:-1]]
         self.usage.add(results[count], results[-1])
         return pytree.tree_unflatten(results[:count], program.captured.output_spec)
+
+    def _run(self, lowered: LazyGraph, call: Call, more: list[Tensor]) -> list[Tensor]:
+        try:
+            return list(lowered.graph_module(*call.tensors, *more))
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            IndexError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # torch has no class for inputs that do not fit
+            given = zip(call.leaves, call.tensors, strict=True)
+            told = ", ".join(f"{leaf.name} {described(value)}" for leaf, value in given)
+            raise InputError(
+                f"{type(self.model).__name__} cannot be called so: {shortened(str(error), 200)}; it was given {told}"
+            ) from error
 
     def program(self, call: Call) -> _Program:
         """The capture that runs `call`, made now if this kind of call is new."""
@@ -353,6 +387,8 @@ class LazyModel(nn.Module):
                 f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}"
             )
         timestep = find_timestep(call.leaves, call.tensors, self.timestep_input)
+        if timestep == call.latents:
+            raise InputError(f"recipe key timestep_input: {self.timestep_input!r} are the latents, no timestep")
         conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
         flat = insert_gates(captured, branches, self.gates, timestep, conditions)
         program = _Program(captured, flat)
@@ -422,6 +458,12 @@ class LazyModel(nn.Module):
     def summary(self) -> Summary:
         """What was found, and what has been reused since the last `reset()`."""
         return self.usage.summary(self.branches)
+
+
+def _captured_again(
+    kind: type[LazyModel], model: nn.Module, example: Call, gates: Gates, timestep_input: str | None
+) -> LazyModel:
+    return kind(model, example, gates, timestep_input=timestep_input)
 
 
 def wrap(

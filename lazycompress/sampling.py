@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, MissingExtraError, RecipeError
+from .errors import InputError, LazyCompressError, MissingExtraError, RecipeError, shortened, shown
+from .free_memory import available, size_of
+from .models import bind, by_name, evaluating, place_of
+from .noise import own_noise
 from .recipe import Condition, Sampling
 
 #: `sampler(model) -> final latents`, drawing new noise from torch's global generator at each call.
@@ -35,24 +41,33 @@ def build_scheduler(sampling: Sampling) -> Any:
     try:
         scheduler = factory(**sampling.scheduler_config)
         scheduler.set_timesteps(sampling.steps)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"sampling.scheduler_config does not fit {sampling.scheduler}: {error}") from None
+    except Exception as error:  # a scheduler checks little: a wrong value may raise anything
+        raise RecipeError(
+            f"sampling.scheduler_config does not fit {sampling.scheduler} with {sampling.steps} steps: "
+            f"{type(error).__name__}: {shortened(str(error), 250)}"
+        ) from None
     return scheduler
 
 
 def build_inputs(model: nn.Module, sampling: Sampling, timestep: Tensor | None = None) -> dict[str, Any]:
-    """Random forward arguments of one call, as the sampling section describes them."""
-    parameter = next(model.parameters())
+    """Random forward arguments of one call, as the sampling section describes them.
+
+    Raises:
+        RecipeError: they do not fit into memory, or torch cannot make one of them.
+    """
+    dtype, device = place_of(model)
     batch = sampling.batch
-    latents = torch.randn(batch, *sampling.latents, dtype=parameter.dtype, device=parameter.device)
+    shapes = {sampling.latents_input: sampling.latents} | {n: c.shape for n, c in sampling.conditions.items()}
+    _check_memory({name: [batch, *shape] for name, shape in shapes.items()}, device)
+    latents = torch.randn(batch, *sampling.latents, dtype=dtype, device=device)
     if timestep is None:
         timestep = build_scheduler(sampling).timesteps[0]
     conditions = {
-        name: _draw(condition, batch, parameter).to(parameter.device) for name, condition in sampling.conditions.items()
+        name: _draw(name, condition, batch, dtype).to(device) for name, condition in sampling.conditions.items()
     }
     return {
         sampling.latents_input: latents,
-        sampling.timestep_input: timestep.to(parameter.device).repeat(batch),
+        sampling.timestep_input: timestep.to(device).repeat(batch),
         **conditions,
         **sampling.constants,
     }
@@ -108,40 +123,96 @@ class NotCalledError(InputError):
     """The sampler never called the model that it was given."""
 
 
+def checked(sampler: Sampler) -> Sampler:
+    """The same sampler, held to what is asked of it: one argument, and final latents [batch, ...] of finite numbers.
+
+    What its own code raises comes as one line, with the exception as its `__cause__`; what this package raises passes
+    through, and so does what is no `Exception` (`KeyboardInterrupt`).
+
+    Raises:
+        InputError: it cannot be called with a model alone. The sampler made of it raises it too, for what comes back.
+    """
+    name = getattr(sampler, "__name__", type(sampler).__name__)
+    if not callable(sampler):
+        raise InputError(f"sampler: a callable that takes the model is needed, there was {shown(sampler)}")
+    try:
+        inspect.signature(sampler).bind(object())
+    except TypeError:
+        raise InputError(
+            f"sampler: {name}{inspect.signature(sampler)} has to take the model, and nothing else that is required"
+        ) from None
+    except ValueError:  # a builtin, of which Python knows no signature
+        pass
+
+    def run(model: Any) -> Tensor:
+        try:
+            image = sampler(model)
+        except LazyCompressError:
+            raise
+        except Exception as error:
+            raise InputError(f"the sampler raised {type(error).__name__}: {shortened(str(error), 300)}") from error
+        _check_final(image)
+        return image
+
+    return run
+
+
+def _check_final(image: Any) -> None:
+    wanted = "it has to return the final latents, a floating-point tensor [batch, ...]"
+    if not isinstance(image, Tensor):
+        hint = ": it is a generator function, use return" if inspect.isgenerator(image) else ""
+        raise InputError(f"the sampler returned {type(image).__name__}{hint}; {wanted}")
+    if image.dim() < 2 or not image.is_floating_point() or not image.shape[0]:
+        raise InputError(f"the sampler returned {str(image.dtype)[6:]} {list(image.shape)}; {wanted}")
+
+
+class Enough(BaseException):
+    """Leaves the sampler; not an Exception, so that no handler in between swallows it."""
+
+    @classmethod
+    def leave(cls, thread: threading.Thread) -> None:
+        """Leave the sampler that this thread runs; in another thread, which must not be stopped so, nothing happens."""
+        if threading.current_thread() is thread:
+            raise cls
+
+
 def first_call(model: nn.Module, sampler: Sampler) -> dict[str, Any]:
     """The arguments of the first forward call that `sampler` makes.
 
     Raises:
-        InputError: the sampler never called the model.
+        InputError: the sampler never called the model, or failed before.
     """
-    probe = _Probe(model)
-    with torch.no_grad():
+    found: list[dict[str, Any]] = []
+    thread = threading.current_thread()
+
+    def take(args: Any, kwargs: Any) -> Any:
+        found.append(by_name(bind(model, args, kwargs)))
+        Enough.leave(thread)
+        return model(*args, **kwargs)
+
+    with own_noise(), torch.no_grad(), evaluating(model):
         try:
-            sampler(probe)
-        except _Called as called:
-            return called.arguments
-    raise NotCalledError("the sampler returned without calling the model it was given")
+            checked(sampler)(StandIn(model, take))
+        except Enough:
+            pass
+        except InputError:
+            if not found:
+                raise
+    if not found:
+        raise NotCalledError("the sampler returned without calling the model it was given")
+    return found[0]
 
 
-class _Called(BaseException):
-    """Carries the arguments out of the sampler; not an Exception, so that no handler in between swallows it."""
+class StandIn(nn.Module):
+    """Looks like a model, and hands every call to a function of its positional and keyword arguments."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
-        self.arguments = arguments
-
-
-class _Probe(nn.Module):
-    """Looks like the model and stops at its first call."""
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Callable[[Any, Any], Any]) -> None:
         super().__init__()
         self.model = model
+        self._call = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        import inspect
-
-        bound = inspect.signature(self.model.forward).bind(*args, **kwargs)
-        raise _Called(dict(bound.arguments))
+        return self._call(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -150,14 +221,31 @@ class _Probe(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
-def _draw(condition: Condition, batch: int, parameter: nn.Parameter) -> Tensor:
+def _check_memory(shapes: dict[str, list[int]], device: torch.device) -> None:
+    """Say that tensors of four bytes a value do not fit before they are made: the system may end the process then."""
+    there = available(device)
+    needed = sum(4 * math.prod(shape) for shape in shapes.values())
+    if there is not None and needed > there:
+        name = max(shapes, key=lambda name: math.prod(shapes[name]))
+        raise RecipeError(
+            f"sampling: {name} {shapes[name]} and the other inputs need {size_of(needed)} of memory, {size_of(there)} are "
+            f"free on {device}: lower sampling.batch or its sizes"
+        )
+
+
+def _draw(name: str, condition: Condition, batch: int, dtype: torch.dtype) -> Tensor:
+    own = getattr(torch, condition.dtype, None) if condition.dtype else dtype
+    if not isinstance(own, torch.dtype):
+        raise RecipeError(f"sampling.conditions.{name}: torch has no dtype {shown(condition.dtype)}")
     shape = (batch, *condition.shape)
-    if condition.dtype and not isinstance(getattr(torch, condition.dtype, None), torch.dtype):
-        raise RecipeError(f"sampling.conditions: torch has no dtype {condition.dtype!r}")
-    if condition.kind == "integers":
-        values = torch.randint(condition.low, condition.high, shape)
-        return values.to(getattr(torch, condition.dtype)) if condition.dtype else values
-    dtype = getattr(torch, condition.dtype) if condition.dtype else parameter.dtype
-    if condition.kind == "constant":
-        return torch.full(shape, condition.value, dtype=dtype)
-    return torch.randn(shape).to(dtype)
+    try:
+        if condition.kind == "integers":
+            values = torch.randint(condition.low, condition.high, shape)
+            return values.to(own) if condition.dtype else values
+        if condition.kind == "constant":
+            return torch.full(shape, condition.value, dtype=own)
+        return torch.randn(shape).to(own)
+    except (RuntimeError, OverflowError, TypeError, NotImplementedError) as error:
+        raise RecipeError(
+            f"sampling.conditions.{name}: torch makes no such values of {own}: {shortened(str(error), 200)}"
+        ) from None

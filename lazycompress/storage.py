@@ -1,72 +1,83 @@
-"""Gates on disk: `gates.safetensors` with the numbers, `gates.json` with what they belong to."""
+"""What was learned, on disk: `gates.safetensors` and `gates.json` of a lazy graph, or `plan.json` of a lazy module."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from . import __version__
-from .errors import ExportError, InputError
-from .gate import Gates
-from .graph.capture import Call, ExampleInputs, call_of, take_apart
-from .recipe import Recipe
+from .encoding import Zeros
+from .errors import ExportError, InputError, LazyCompressError
+from .files import kind_of, path_of, write_tensors
+from .gates_file import (
+    DESCRIPTION_FILE,
+    GATES_FILE,
+    decoded_example,
+    encoded_example,
+    read_gates,
+    read_gates_card,
+    read_recipe,
+)
+from .graph.capture import ExampleInputs, call_of, take_apart
+from .lazy.attach import Handle
+from .lazy.model import LazyModule
+from .lazy.store import PLAN_FILE, is_plan_of, load_plan, write_plan
+from .places import GATES, place_of, seal, whole_folder
 from .runtime import LazyModel
+from .weights import device_of, dtype_of, need_same, weights_hash
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)
 
-GATES_FILE = "gates.safetensors"
-DESCRIPTION_FILE = "gates.json"
+#: What can be saved.
+Learned = LazyModel | LazyModule | Handle
 
 
-@contextmanager
-def whole_folder(directory: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `directory` only when the block ends without an error.
+def save(lazy: Learned, directory: str | Path, *, overwrite: bool | None = None) -> Path:
+    """Write the gates or the plan of a lazy model; the model's own weights are not written.
 
-    Raises:
-        ExportError: the folder cannot be made there.
-    """
-    directory = directory.absolute()
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if directory.exists() and not directory.is_dir():
-            raise NotADirectoryError(f"{directory} is a file")
-        beside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write {directory}: {error.strerror or error}; choose another folder") from None
-    try:
-        yield beside
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-            os.replace(directory, old / "it")
-            os.replace(beside, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(beside, directory)
-        directory.chmod(0o755)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    Args:
+        lazy: the model.
+        directory: where to: a folder that is free or empty, or that holds gates or a plan. Anything else is left alone.
+        overwrite: what happens to what is there: True replaces it, False never does; None does if it is of this kind of
+            model, with these branches, so that a loop can save again and again.
 
-
-def save(lazy: LazyModel, directory: str | Path) -> Path:
-    """Write the gates of a lazy model; the model's own weights are not written.
+    Returns:
+        The folder.
 
     Raises:
-        ExportError: the folder cannot be written.
+        ExportError: the folder is not ours to replace, or cannot be written; or the gates hold NaN.
+        InputError: the model is not lazy.
     """
-    call = lazy.example
+    _need_finite(lazy)
+    place = place_of(directory)
+    replaces = _is_of(lazy, place) if overwrite is None else overwrite
+    with whole_folder(place, GATES, replaces) as folder:
+        _write(lazy, folder)
+    return Path(directory)
+
+
+def save_all(models: Mapping[str, Learned], folder: Path) -> None:
+    """Write what the denoisers of one pipeline learned into a new folder: of several, each into a folder of its name."""
+    for lazy in models.values():
+        _need_finite(lazy)
+    if len(models) == 1:
+        _write(next(iter(models.values())), folder)
+        return
+    for name, lazy in models.items():
+        (folder / name).mkdir()
+        _write(lazy, folder / name)
+    seal(folder, GATES, {"denoisers": list(models)})
+
+
+def write_gates(lazy: LazyModel, folder: Path) -> None:
+    """Write the gates' files into a folder that is there."""
     description = {
-        "lazycompress": __version__,
+        "model": type(lazy.model).__name__,
+        "weights": weights_hash(lazy.model),
+        "dtype": dtype_of(lazy.model),
         # But for a folder of the machine that trained.
         "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
         "direction": int(lazy.gates.direction),
@@ -74,20 +85,10 @@ def save(lazy: LazyModel, directory: str | Path) -> Path:
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
         "targets": frontier_of(lazy),
-        "example": {
-            "spec": pytree.treespec_dumps(call.spec),
-            "tensors": [
-                {"name": leaf.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-                for t, leaf in zip(call.tensors, call.leaves, strict=True)
-            ],
-            "others": {str(k): v for k, v in call.others.items()},
-        },
+        "example": encoded_example(lazy.example),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in lazy.gates.state_dict().items()}
-    with whole_folder(Path(directory)) as folder:
-        save_file(tensors, folder / GATES_FILE)
-        (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2, default=str) + "\n", encoding="utf-8")
-    return Path(directory)
+    write_tensors(lazy.gates.state_dict(), folder / GATES_FILE)
+    seal(folder, GATES, description)
 
 
 def frontier_of(lazy: LazyModel) -> list[float]:
@@ -103,49 +104,84 @@ def load(
     *,
     example_inputs: ExampleInputs | None = None,
     kind: type[_Lazy] = LazyModel,  # type: ignore[assignment]
-) -> _Lazy:
+    strict: bool = True,
+) -> _Lazy | LazyModule:
     """A lazy model from a dense one and the folder that `save` wrote.
 
     Args:
-        model: the model that the gates were trained for; it is left as it is.
-        directory: where the gates are.
+        model: the model that was learned with; it is left as it is.
+        directory: where the gates, or the plan, are.
         example_inputs: arguments of one call; left out, tensors like those at training are made up.
-        kind: the class to make.
+        kind: the class to make where the folder holds gates; of a plan it is a `LazyModule`.
+        strict: refuse a model of another class, or with other weights, than the one that was learned with. Gates that version
+            0.1 wrote do not tell.
 
     Raises:
-        ExportError: the folder holds no gates.
+        ExportError: the folder holds nothing that was learned, or that of another model; one line says what is wrong, and
+            where.
         LazyCompressError: the gates do not fit the model.
     """
-    folder = Path(directory)
-    for name in (GATES_FILE, DESCRIPTION_FILE):
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder} holds no gates: {name} is missing; lazycompress.save writes it")
-    description = json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(folder / GATES_FILE)
-    branches = description["branches"]
-    gates = Gates(
-        [b["name"] for b in branches], [b["width"] for b in branches], tensors["grid"], description["direction"]
-    )
-    gates.frontier = torch.zeros_like(tensors["frontier"])
-    gates.load_state_dict(tensors)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"gates are loaded for an nn.Module; there was {type(model).__name__}")
+    folder = path_of(directory)
+    if kind_of(folder / PLAN_FILE) == "file":
+        loaded = load_plan(model, folder, strict=strict)
+        module = LazyModule(model, loaded.engine)
+        module.recipe, module.example = loaded.recipe, loaded.example
+        if example_inputs is not None:
+            module.example = ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
+        return module
+    card = read_gates_card(folder)
+    where = folder / DESCRIPTION_FILE
+    recipe = read_recipe(card.recipe, where)
+    gates = read_gates(folder, card)
+    if strict:
+        need_same(model, card.model, card.weights, card.dtype, f"the gates in {folder}")
     if example_inputs is not None:
         call = call_of(model, example_inputs)
     else:
-        call = _made_up(model, description["example"])
-    lazy = kind(model, call, gates, timestep_input=description["timestep_input"])
-    lazy.recipe = Recipe.model_validate(description["recipe"]) if description["recipe"] else None
+        arguments = decoded_example(card.example, where, Zeros(device_of(model)))
+        if arguments is None:
+            raise ExportError(f"{where} keeps no example of a call: pass example_inputs")
+        call = take_apart(model, (), arguments)
+    try:
+        lazy = kind(model, call, gates, timestep_input=card.timestep_input)
+    except LazyCompressError:
+        raise
+    except Exception as error:  # the model's own code, called with what the file says
+        said = " ".join(str(error).split())[:300]
+        raise ExportError(f"{where}: {type(model).__name__} does not run on the example call: {said}") from error
+    lazy.recipe = recipe
     return lazy
 
 
-def _made_up(model: nn.Module, example: dict[str, Any]) -> Call:
-    parameter = next(model.parameters())
-    tensors: list[Any] = []
-    for entry in example["tensors"]:
-        dtype = getattr(torch, entry["dtype"])
-        tensors.append(torch.zeros(entry["shape"], dtype=dtype, device=parameter.device))
-    for position, value in sorted(example["others"].items(), key=lambda item: int(item[0])):
-        tensors.insert(int(position), value)
-    arguments = pytree.tree_unflatten(tensors, pytree.treespec_loads(example["spec"]))
-    if not isinstance(arguments, dict):
-        raise InputError("the saved example inputs are not a dictionary: pass example_inputs")
-    return take_apart(model, (), arguments)
+def _write(lazy: Learned, folder: Path) -> None:
+    if isinstance(lazy, LazyModel):
+        write_gates(lazy, folder)
+    else:
+        write_plan(lazy, folder)
+
+
+def _is_of(lazy: Learned, place: Path) -> bool:
+    """Whether a folder holds what was learned with this kind of model, with these branches."""
+    if not isinstance(lazy, LazyModel):
+        return is_plan_of(lazy, place)
+    try:
+        card = read_gates_card(place)
+    except LazyCompressError:
+        return False
+    same_model = card.model in ("", type(lazy.model).__name__)
+    return same_model and [branch.name for branch in card.branches] == [branch.name for branch in lazy.branches]
+
+
+def _need_finite(lazy: Learned) -> None:
+    if not isinstance(lazy, Learned):
+        raise InputError(f"only a lazy model has gates: call lazycompress.apply first; there was {type(lazy).__name__}")
+    if not isinstance(lazy, LazyModel):
+        return  # the numbers of a plan are finite: it could not be made else
+    for name, value in lazy.gates.state_dict().items():
+        if value.is_floating_point() and bool(value.isnan().any() if name == "rank" else (~value.isfinite()).any()):
+            raise ExportError(f"the gates' {name} holds NaN or infinity: they were not learned; nothing was written")
+
+
+__all__ = ["DESCRIPTION_FILE", "GATES_FILE", "PLAN_FILE", "load", "save", "save_all", "write_gates"]

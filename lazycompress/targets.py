@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import LazyCompressError
+from .errors import LazyCompressError, shown
 from .gate import FORBIDDEN, SLOPE, Gates
 from .graph.locate import Branch
 
@@ -20,21 +22,45 @@ def shares(branches: Sequence[Branch]) -> Tensor:
 
 def expected_ratio(gates: Gates, costs: Tensor, timesteps: Tensor | None) -> float:
     """Computed share of the branches' MACs over one image; see `LazyModel.expected_macs_ratio`."""
-    if timesteps is None:
+    if timesteps is not None:
+        timesteps = _times(timesteps)
+    else:
         timesteps = gates.grid.flip(0) if float(gates.direction) > 0 else gates.grid
     return 1.0 - float((costs * gates.decisions(timesteps)).sum(dim=1).mean())
 
 
 def move(gates: Gates, costs: Tensor, target: float, timesteps: Tensor | None) -> float:
     """Have the gates compute at most `target`; see `LazyModel.set_target`."""
-    if not 0.0 < target <= 1.0:
-        raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {target}")
+    if isinstance(target, bool) or not isinstance(target, Real) or not 0 < target <= 1:
+        raise LazyCompressError(f"target: a share in (0, 1] is needed, there was {shown(target)}")
+    timesteps = None if timesteps is None else _times(timesteps)
     if len(gates.frontier) == 0:
         raise LazyCompressError("set_target: these gates were not trained, they know no order of reuse")
     gates.follow(_near(gates, costs, target), gates.rank.isfinite().cpu())
     if timesteps is not None:
         _stretch(gates, costs, target, timesteps)
     return expected_ratio(gates, costs, timesteps)
+
+
+def _times(timesteps: Any) -> Tensor:
+    """Timesteps as a vector.
+
+    Raises:
+        LazyCompressError: they are no numbers, none, not finite, or do not run one way.
+    """
+    try:
+        times = torch.as_tensor(timesteps).detach().reshape(-1)
+        numbers = times.double().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise LazyCompressError(
+            f"timesteps: a tensor or a list of numbers is needed, there was {shown(timesteps)}"
+        ) from None
+    steps = numbers[1:] - numbers[:-1]
+    if not len(times) or times.is_complex() or times.dtype is torch.bool or not bool(numbers.isfinite().all()):
+        raise LazyCompressError(f"timesteps: finite numbers, one a call, are needed, there was {shown(timesteps)}")
+    if not bool((steps >= 0).all() or (steps <= 0).all()):
+        raise LazyCompressError(f"timesteps: those of one image rise or fall; there was {shown(numbers.tolist())}")
+    return times
 
 
 def _stretch(gates: Gates, costs: Tensor, target: float, timesteps: Tensor) -> None:

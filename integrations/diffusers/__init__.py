@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from .export import INDEX_FILE, export_folder, export_pipeline, load_pipeline, local_folder, optimum_knows
 from .exported import ExportedDenoiser, exported_summary, load_exported
+from .graph import LazyDenoiser
 from .loading import load_denoiser
 from .pipelines import (
-    LazyDenoiser,
     PipelineSummary,
     apply_to_pipeline,
     denoisers,
@@ -17,6 +17,7 @@ from .pipelines import (
     load_lazy,
     reset,
     set_policy,
+    set_target,
     summary,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "optimum_knows",
     "reset",
     "set_policy",
+    "set_target",
     "summary",
 ]

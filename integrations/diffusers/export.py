@@ -10,7 +10,6 @@ Two layouts, chosen by what can read them:
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import re
 import shutil
@@ -22,18 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ExportError, InputError, MissingExtraError
-from ...export.card import CARD_FILE
-from ...export.folder import describe, finish, need_place, parity
+from ...export.card import read_card
+from ...export.folder import describe, parity
 from ...export.folder import export as export_model
 from ...export.trace import Form, trace, widest
+from ...files import kind_of, path_of, read_object, write_json
+from ...lazy.attach import Handle
+from ...lazy.convert import graph_of
+from ...places import EXPORT, check_place, seal, whole_folder
 from ...recipe import Recipe, load_recipe
-from ...storage import whole_folder
-from .loading import load_denoiser
-from .pipelines import LazyDenoiser, apply_to_pipeline, disable, enable, lazy_denoisers
+from .graph import LazyDenoiser
+from .loading import INDEX_FILE, check_index, load_denoiser
+from .pipelines import apply_to_pipeline, disable, enable, lazy_denoisers
 
 _log = logging.getLogger(__name__)
-
-INDEX_FILE = "model_index.json"
 
 #: `owner/name`, as the hub has it.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -59,10 +60,12 @@ def export_pipeline(
         InputError: the pipeline is not lazy.
         MissingExtraError: the format's packages are not installed.
     """
-    lazy = lazy_denoisers(pipeline)
-    target = Path(directory)
-    need_place(target, overwrite)
-    with whole_folder(target) as folder:
+    found = lazy_denoisers(pipeline)
+    target = check_place(directory, EXPORT, overwrite)
+    if format not in ("openvino", "onnx"):
+        raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
+    lazy = {name: _graph(part) for name, part in found.items()}
+    with whole_folder(target, EXPORT, overwrite) as folder:
         disable(pipeline)
         try:
             if format == "openvino" and optimum_knows(type(pipeline).__name__):
@@ -74,8 +77,8 @@ def export_pipeline(
         finally:
             enable(pipeline)
         card = {"format": format, "pipeline": type(pipeline).__name__, "denoisers": list(lazy), "loader": loader}
-        (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    return target
+        seal(folder, EXPORT, card)
+    return Path(directory)
 
 
 def export_folder(
@@ -95,9 +98,10 @@ def export_folder(
         LazyCompressError: folder, recipe or target are at fault; one line says what to do.
     """
     chosen = load_recipe(recipe, overrides)
+    check_place(directory, EXPORT, overwrite)  # before anything is learned
     told = telemetry if telemetry is not None else chosen.export.telemetry
     model = local_folder(model)
-    if not (model / INDEX_FILE).is_file():
+    if kind_of(model / INDEX_FILE, InputError) != "file":
         from ...api import apply
 
         lazy = apply(load_denoiser(model), chosen, progress=progress)
@@ -113,8 +117,8 @@ def local_folder(model: str | Path) -> Path:
     Raises:
         InputError: there is no such folder, and the hub or its cache has no such pipeline.
     """
-    folder = Path(model)
-    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+    folder = path_of(model, "model", InputError)
+    if kind_of(folder, InputError) or not _HUB_ID.fullmatch(str(model)):
         return folder
     from diffusers import DiffusionPipeline
 
@@ -129,14 +133,15 @@ def load_pipeline(folder: str | Path) -> Any:
     """A diffusers pipeline from a local folder, in float32.
 
     Raises:
-        InputError: it does not load.
+        InputError: it does not load, or names classes of other packages than diffusers and transformers.
     """
     import torch
     from diffusers import DiffusionPipeline
 
+    check_index(path_of(folder, "model", InputError))
     try:
         return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # of many classes: whatever a part's own loader meets in its files
         raise InputError(f"{folder}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -150,6 +155,15 @@ def _optimum_class(pipeline_class: str) -> Any:
         return getattr(importlib.import_module("optimum.intel"), f"OV{pipeline_class}", None)
     except (ImportError, RuntimeError):
         return None
+
+
+def _graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
+    """The lazy graph that is written for a denoiser."""
+    if isinstance(lazy, LazyDenoiser):
+        return lazy
+    graph = graph_of(lazy, LazyDenoiser)
+    graph.turns = lazy.turns
+    return graph
 
 
 def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, target: Path, telemetry: bool) -> None:
@@ -188,7 +202,7 @@ def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, t
         for old in (path, path.with_suffix(".bin")):
             old.unlink(missing_ok=True)
         write = partial(_write_with_ports_of, dense, model, part, target / name, telemetry)
-        finish(widest(model, name, write), part)
+        seal(part, EXPORT, widest(model, name, write))
 
 
 def _write_with_ports_of(
@@ -207,15 +221,17 @@ def _write_with_ports_of(
 
 def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, format: str, telemetry: bool) -> None:
     pipeline.save_pretrained(folder)
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    index = read_object(folder / INDEX_FILE)
     index |= {name: [None, None] for name in lazy}  # diffusers is not to look for weights there
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(index, folder / INDEX_FILE)
     for name, model in lazy.items():
         part = folder / name
         config = (part / "config.json").read_text(encoding="utf-8")
         shutil.rmtree(part)
         export_model(model, part, format, telemetry=telemetry)
         (part / "config.json").write_text(config, encoding="utf-8")
+        card = read_card(part)
+        seal(part, EXPORT, {key: value for key, value in card.items() if key not in ("lazycompress", "files")})
 
 
 def _listed(folder: Path) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...errors import ExportError, InputError
 from ...export.card import read_card
+from ...files import path_of, read_object
 from ...graph.capture import take_apart
 from ...report import Summary
+from .loading import check_index, model_class
 from .pipelines import PipelineSummary
 
 
@@ -86,13 +86,18 @@ def load_exported(folder: str | Path) -> Any:
         ExportError: the folder is no such export.
         MissingExtraError: the runtime of its format is not installed.
     """
-    path = Path(folder)
+    path = path_of(folder)
     card = read_card(path)
     if card.get("loader", "").rpartition(".")[2] != load_exported.__name__:
         reader = card.get("loader", "lazycompress' runners")
         raise ExportError(f"{path} is for {reader}, not for load_exported")
     shells = {name: _shell(path, name) for name in card["denoisers"]}
-    parts = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, **dict.fromkeys(shells))
+    check_index(path)
+    try:
+        parts = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, **dict.fromkeys(shells))
+    except Exception as error:  # of many classes: whatever a part's own loader meets in its files
+        said = " ".join(str(error).split())[:300]
+        raise ExportError(f"{path}: diffusers does not load it: {said}; verify tells which file was changed") from error
     # Made a second time, since pipelines read their denoiser's config while they are made.
     wanted = [name for name in inspect.signature(type(parts).__init__).parameters if name != "self"]
     held = parts.components
@@ -112,12 +117,16 @@ def exported_summary(pipeline: Any) -> PipelineSummary:
 
 
 def _shell(folder: Path, name: str) -> nn.Module:
-    config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
-    found: Any = getattr(diffusers, config["_class_name"], None)
-    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
-        raise ExportError(f"{folder / name / 'config.json'}: diffusers has no model class {config['_class_name']!r}")
-    with torch.device("meta"):
-        shell: nn.Module = found.from_config(config)
+    path = folder / name / "config.json"
+    config = read_object(path)
+    found = model_class(config.get("_class_name"))
+    if found is None:
+        raise ExportError(f"{path}: diffusers has no model class {str(config.get('_class_name'))[:80]!r}")
+    try:
+        with torch.device("meta"):
+            shell: nn.Module = found.from_config(config)
+    except Exception as error:  # of many classes: the model's own code, called with what the file says
+        raise ExportError(f"{path}: no configuration of its class: {' '.join(str(error).split())[:300]}") from error
     return shell
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,74 +12,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...api import make_lazy
-from ...errors import InputError, LazyCompressError, MissingExtraError
+from ...api import graph_is_needed
+from ...errors import InputError, MissingExtraError
+from ...files import kind_of, path_of
 from ...graph.insert import is_timestep_name
+from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
+from ...lazy.learn import engine_from, unlearned
+from ...lazy.store import PLAN_FILE, load_plan
+from ...lazy.usage import CallSummary
+from ...lazy.watch import Watch
 from ...recipe import Recipe
 from ...report import Summary
-from ...runtime import LazyModel
 from ...sampling import NotCalledError, Sampler, first_call
 from ...storage import load as load_gates
-from ...storage import save as save_gates
 
 try:
-    from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers import DiffusionPipeline
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("diffusers", "train", "a diffusers pipeline") from _error
 
-#: Where a pipeline keeps its lazy models while they are in use or switched off.
+from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, put
+from .sampling import Arguments, learning_sampler, sample
+from .saving import save_plan_too
+from .scopes import PipelineCalls, enabled_cache
+
+#: Where a pipeline keeps lazy graphs while they are in use or switched off.
 _KEPT = "_lazy_denoisers"
 
-#: Folder of the gates inside the folder of a saved denoiser.
-GATES_FOLDER = "lazy"
-
-
-class LazyDenoiser(LazyModel, ModelMixin):  # type: ignore[misc]
-    """A lazy model that diffusers takes for one of its own: pipelines save it, move it and ask for its config.
-
-    `save_pretrained` writes the dense model, and the gates into `lazy/` beside it: the folder loads in diffusers without
-    this package, and `load_lazy(pipe, folder)` makes it lazy again.
-    """
-
-    #: Calls a step, as seen while learning; more than one is guidance in calls that take turns.
-    turns: int = 1
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        **options: Any,
-    ) -> None:
-        saved: Any = self.model
-        saved.save_pretrained(
-            save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **options
-        )  # fmt: skip
-        save_gates(self, Path(save_directory) / GATES_FOLDER)
-
-    @classmethod
-    def from_pretrained(cls, *_: Any, **__: Any) -> Any:
-        raise InputError(
-            "load the pipeline with diffusers, then call lazycompress.integrations.diffusers.load_lazy(pipe, folder)"
-        )
+#: What a lazy denoiser is: the pipeline's own module with an engine before it, or a lazy graph in its place.
+Lazy = Handle | LazyDenoiser
 
 
 @dataclass(frozen=True)
 class PipelineSummary:
     """Reuse per denoiser since the last reset. `str()` gives a table for each."""
 
-    denoisers: dict[str, Summary]
+    denoisers: dict[str, Summary | CallSummary]
 
-    def __getitem__(self, name: str) -> Summary:
+    def __getitem__(self, name: str) -> Summary | CallSummary:
         return self.denoisers[name]
 
     @property
     def skip_ratio(self) -> float:
-        """Share of branch runs that were reused, over all denoisers."""
-        runs = [s.calls * len(s.branches) for s in self.denoisers.values()]
-        skipped = sum(s.skip_ratio * n for s, n in zip(self.denoisers.values(), runs, strict=True))
-        return skipped / max(sum(runs), 1)
+        """Share of what could have been reused that was, over all denoisers."""
+        skipped = sum(summary.skip_ratio * summary.runs for summary in self.denoisers.values())
+        return skipped / max(sum(summary.runs for summary in self.denoisers.values()), 1)
 
     def __str__(self) -> str:
         return "\n\n".join(f"{name}\n{summary}" for name, summary in self.denoisers.items())
@@ -97,7 +74,7 @@ def apply_to_pipeline(
 
     Args:
         pipeline: any diffusers pipeline whose denoiser is a Diffusion Transformer.
-        recipe: its `pipeline` section says what to sample while learning.
+        recipe: its `pipeline` section says what to sample while learning, its `units` what is skipped.
         sampler: samples with the model it is given instead of the pipeline; for pipelines with one denoiser.
         call_kwargs: arguments of `pipeline(...)` that go before the recipe's.
         progress: show progress bars.
@@ -114,36 +91,59 @@ def apply_to_pipeline(
             f"apply takes an nn.Module or a diffusers pipeline, there was {type(pipeline).__name__}: pass the model "
             f"that it calls, and sampler= (a denoising loop that returns the final latents)"
         )
+    arguments = Arguments(recipe, call_kwargs or {}, pipeline)
+    modules = {name: uncompiled(_dense(getattr(pipeline, name))) for name in denoisers(pipeline)}
+    for name, module in modules.items():
+        if enabled_cache(module):
+            raise InputError(
+                f"{name} has a cache of diffusers enabled, which skips by its own rules: call pipe.{name}.disable_cache() first"
+            )
     disable(pipeline)
-    arguments = _Arguments(recipe, call_kwargs or {}, pipeline)
-    calls = example_calls(pipeline, recipe, sampler=sampler, call_kwargs=call_kwargs)
-    made: dict[str, LazyDenoiser] = {}
-    hooks: list[Any] = []
-    try:
-        for name, inputs in calls.items():
-            dense = getattr(pipeline, name)
-            sample = sampler or _sampler(pipeline, name, arguments)
-            contexts: set[int] = set()
-
-            def make(*given: Any, name: str = name, contexts: set[int] = contexts, **options: Any) -> LazyDenoiser:
-                made[name] = LazyDenoiser(*given, **options)
-                hooks.append(made[name].register_forward_hook(lambda module, *_: contexts.add(module.context)))
-                return made[name]
-
-            own = recipe.checkpoint_of(name) if len(calls) > 1 else recipe
-            lazy = make_lazy(dense, inputs, own, sample, make=make, progress=progress)
-            for hook in hooks:
-                hook.remove()
-            hooks.clear()
-            made[name].turns = max(1, len(contexts))
-            _put(pipeline, name, lazy)
-    except BaseException:
-        for name, lazy in made.items():
-            _put(pipeline, name, lazy.model)
-        raise
-    object.__setattr__(pipeline, _KEPT, made)
+    if graph_is_needed(recipe):
+        calls = example_calls(pipeline, recipe, sampler=sampler, call_kwargs=call_kwargs)
+        for name in calls:
+            detach(modules[name])
+        made = make_denoisers(pipeline, recipe, calls, arguments, sampler, progress)
+        object.__setattr__(pipeline, _KEPT, made)
+    else:
+        for name, handle in _learn_calls(pipeline, modules, recipe, arguments, sampler).items():
+            pipeline.__dict__.get(_KEPT, {}).pop(name, None)
+            save_plan_too(handle)
     reset(pipeline)
     return pipeline
+
+
+def _learn_calls(
+    pipeline: Any, modules: Mapping[str, nn.Module], recipe: Recipe, arguments: Arguments, sampler: Sampler | None
+) -> dict[str, Handle]:
+    """Put an engine before each denoiser that sampling calls. After an error the denoisers are as they were."""
+    before = {name: handle_of(module) for name, module in modules.items()}
+    engines = {name: unlearned(module, recipe) for name, module in modules.items()}
+    handles = {name: attach(module, engines[name], PipelineCalls()) for name, module in modules.items()}
+    watches = {name: Watch(handle.inner, handle.engine.reader) for name, handle in handles.items()}
+    try:
+        with torch.no_grad(), ExitStack() as stack:
+            for name, handle in handles.items():
+                stack.enter_context(handle.replaced(watches[name]))
+            sampler(getattr(pipeline, next(iter(modules)))) if sampler is not None else sample(pipeline, arguments)
+        called = {name: watch for name, watch in watches.items() if watch.calls}
+        if not called:
+            raise InputError(f"sampling with {type(pipeline).__name__} called none of {', '.join(modules)}")
+        for name, watch in called.items():
+            handles[name].engine = engine_from(watch, recipe)
+            handles[name].recipe = recipe
+            handles[name].example = watch.example
+            handles[name].turns = watch.streams
+    except BaseException:
+        for name, module in modules.items():
+            detach(module)
+            old = before[name]
+            if old is not None:
+                attach(module, old.engine, PipelineCalls()).take_over(old)
+        raise
+    for name in modules.keys() - called.keys():
+        detach(modules[name])
+    return {name: handles[name] for name in called}
 
 
 def example_calls(
@@ -154,12 +154,12 @@ def example_calls(
     Raises:
         InputError: the pipeline has no denoiser, refuses the call, or calls none of them.
     """
-    arguments = _Arguments(recipe, call_kwargs or {}, pipeline)
+    arguments = Arguments(recipe, call_kwargs or {}, pipeline)
     names = denoisers(pipeline)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
-            found[name] = first_call(getattr(pipeline, name), sampler or _sampler(pipeline, name, arguments))
+            found[name] = first_call(getattr(pipeline, name), sampler or learning_sampler(pipeline, name, arguments))
         except NotCalledError:
             continue  # a second denoiser that this call does not use
     if not found:
@@ -176,7 +176,10 @@ def denoisers(pipeline: Any) -> list[str]:
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     found = []
     for name, module in modules.items():
-        parameters = inspect.signature(getattr(module, "model", module).forward).parameters
+        try:
+            parameters = inspect.signature(type(_dense(uncompiled(module))).forward).parameters
+        except (TypeError, ValueError):  # a scripted module
+            continue
         if any(is_timestep_name(parameter) for parameter in parameters) and not hasattr(module, "decode"):
             found.append(name)
     if not found:
@@ -187,9 +190,12 @@ def denoisers(pipeline: Any) -> list[str]:
 
 
 def disable(pipeline: Any) -> Any:
-    """Put the original denoisers back; `enable` undoes it. Nothing happens where nothing is lazy."""
+    """Run the denoisers as they are; `enable` undoes it. Nothing happens where nothing is lazy."""
     for name, lazy in lazy_denoisers(pipeline, needed=False).items():
-        _put(pipeline, name, lazy.model)
+        if isinstance(lazy, Handle):
+            lazy.enabled = False
+        else:
+            put(pipeline, name, lazy.model)
     return pipeline
 
 
@@ -200,19 +206,22 @@ def enable(pipeline: Any) -> Any:
         InputError: `lazycompress.apply` has not been called on this pipeline.
     """
     for name, lazy in lazy_denoisers(pipeline).items():
-        _put(pipeline, name, lazy)
+        if isinstance(lazy, Handle):
+            lazy.enabled = True
+        else:
+            put(pipeline, name, lazy)
     return pipeline
 
 
 def reset(pipeline: Any) -> Any:
-    """Forget caches and statistics. Not needed between images: a new image is noticed."""
+    """Forget images and statistics. Not needed between images: a new image is noticed."""
     for lazy in lazy_denoisers(pipeline).values():
         lazy.reset()
     return pipeline
 
 
 def summary(pipeline: Any) -> PipelineSummary:
-    """What was found in each denoiser, and what has been reused since the last `reset`."""
+    """What has been computed and what has not in each denoiser since the last `reset`."""
     return PipelineSummary({name: lazy.summary() for name, lazy in lazy_denoisers(pipeline).items()})
 
 
@@ -223,144 +232,74 @@ def set_policy(pipeline: Any, policy: Any) -> Any:
     return pipeline
 
 
-def load_lazy(pipeline: Any, folder: str | Path) -> Any:
-    """Make a pipeline lazy with the gates that its `save_pretrained` wrote into `folder`; nothing is learned.
+def set_target(pipeline: Any, target: float, timesteps: Sequence[float] | Tensor | None = None) -> Any:
+    """Set another budget on every lazy denoiser, without learning.
+
+    Args:
+        pipeline: a lazy one.
+        target: share that may be computed, in (0, 1].
+        timesteps: that the denoisers are going to be called at; left out, those that were learned at.
 
     Raises:
-        InputError: the folder holds no gates for any of the pipeline's denoisers.
+        LazyCompressError: the pipeline is not lazy, or this share cannot be.
     """
-    disable(pipeline)
-    made: dict[str, LazyDenoiser] = {}
-    for name in denoisers(pipeline):
-        gates = Path(folder) / name / GATES_FOLDER
-        if gates.is_dir():
-            made[name] = load_gates(getattr(pipeline, name), gates, kind=LazyDenoiser)
-    if not made:
-        raise InputError(f"{folder} holds no gates: pipe.save_pretrained of a lazy pipeline writes them")
-    for name, lazy in made.items():
-        _put(pipeline, name, lazy)
-    object.__setattr__(pipeline, _KEPT, made)
+    for lazy in lazy_denoisers(pipeline).values():
+        own = torch.as_tensor(timesteps) if timesteps is not None else None
+        lazy.set_target(target, own)
     return pipeline
 
 
-def lazy_denoisers(pipeline: Any, needed: bool = True) -> dict[str, LazyDenoiser]:
-    """The lazy denoisers by name, in use or switched off.
+def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
+    """Make a pipeline lazy with the plans or gates that its `save_pretrained` wrote into `folder`; nothing is learned.
+
+    Args:
+        pipeline: with the denoisers that they were learned for.
+        folder: what `pipe.save_pretrained` wrote.
+        strict: as for `lazycompress.load`: refuse those of other weights.
+
+    Raises:
+        InputError: the folder holds none for any of the pipeline's denoisers.
+        ExportError: what it holds is broken, or of another model.
+    """
+    graphs: dict[str, LazyDenoiser] = {}
+    plans: dict[str, Handle] = {}
+    for name in denoisers(pipeline):
+        saved, module = path_of(folder) / name / GATES_FOLDER, uncompiled(_dense(getattr(pipeline, name)))
+        if kind_of(saved / PLAN_FILE) == "file":
+            loaded = load_plan(module, saved, strict=strict)
+            plans[name] = attach(module, loaded.engine, PipelineCalls())
+            plans[name].recipe, plans[name].example = loaded.recipe, loaded.example
+            save_plan_too(plans[name])
+        elif kind_of(saved) == "folder":
+            graphs[name] = load_gates(module, saved, kind=LazyDenoiser, strict=strict)
+    if not graphs and not plans:
+        raise InputError(f"{folder} holds no plan and no gates: pipe.save_pretrained of a lazy pipeline writes them")
+    disable(pipeline)
+    for handle in plans.values():
+        handle.enabled = True
+    for name, lazy in graphs.items():
+        put(pipeline, name, lazy)
+    object.__setattr__(pipeline, _KEPT, graphs)
+    return pipeline
+
+
+def lazy_denoisers(pipeline: Any, needed: bool = True) -> dict[str, Lazy]:
+    """The lazy denoisers by name, in use or switched off; found at the components, so that pipelines which share them agree.
 
     Raises:
         InputError: there are none, and `needed` is true.
     """
-    found: dict[str, LazyDenoiser] = pipeline.__dict__.get(_KEPT, {}) if hasattr(pipeline, "__dict__") else {}
+    kept: Mapping[str, LazyDenoiser] = pipeline.__dict__.get(_KEPT, {}) if hasattr(pipeline, "__dict__") else {}
+    found: dict[str, Lazy] = {}
+    for name, part in (pipeline.components if isinstance(pipeline, DiffusionPipeline) else {}).items():
+        lazy = part if isinstance(part, LazyDenoiser) else handle_of(part) or kept.get(name)
+        if lazy is not None:
+            found[name] = lazy
     if needed and not found:
         raise InputError(f"{type(pipeline).__name__} is not lazy: call lazycompress.apply(pipe, recipe) first")
     return found
 
 
-def _put(pipeline: Any, name: str, module: nn.Module) -> None:
-    """Register a part as the pipeline does itself, under the class that the saved pipeline is to name."""
-    pipeline.register_modules(**{name: getattr(module, "model", module)})
-    recorded = pipeline.config[name]
-    pipeline.register_modules(**{name: module})
-    pipeline.register_to_config(**{name: recorded})
-
-
-class _Arguments:
-    """What to call the pipeline with: the recipe's prompts or labels, drawn anew for each run."""
-
-    def __init__(self, recipe: Recipe, call_kwargs: Mapping[str, Any], pipeline: Any) -> None:
-        section = recipe.pipeline
-        taken = inspect.signature(type(pipeline).__call__).parameters
-        self.fixed = {**(section.call if section else {}), **call_kwargs}
-        self.drawn: dict[str, list[Any]] = {}
-        self.batch = 0
-        if section is not None:
-            self.batch = section.batch
-            for name, values in (("prompt", section.prompts), ("class_labels", section.class_labels)):
-                if values and name not in self.fixed:
-                    self.drawn[name] = list(values)
-        unknown = [name for name in (*self.fixed, *self.drawn) if name not in taken]
-        if unknown:
-            raise InputError(
-                f"{type(pipeline).__name__} takes no {unknown[0]!r}; it takes {', '.join(n for n in taken if n != 'self')}"
-            )
-        if "output_type" in taken:
-            self.fixed["output_type"] = "latent"
-
-    def draw(self) -> dict[str, Any]:
-        chosen = dict(self.fixed)
-        for name, values in self.drawn.items():
-            count = min(self.batch or len(values), len(values))
-            order = torch.randperm(len(values))[:count].tolist() if count < len(values) else range(len(values))
-            chosen[name] = [values[i] for i in order]
-        return chosen
-
-
-class _Latents(BaseException):
-    """Carries the latents out at the decoder; not an Exception, so that no handler in between swallows it."""
-
-    def __init__(self, latents: Tensor) -> None:
-        self.latents = latents
-
-
-def _sampler(pipeline: Any, name: str, arguments: _Arguments) -> Sampler:
-    """`pipeline(...)` as a sampler: from the global generator's noise to the latents, with gradients if they are on."""
-    undecorated = inspect.unwrap(type(pipeline).__call__)  # pipelines run under torch.no_grad
-
-    def sampler(model: Any) -> Tensor:
-        with _in_place(pipeline, name, model), _stop_at_decoder(pipeline), _silent(pipeline):
-            try:
-                output = undecorated(pipeline, **arguments.draw())
-            except _Latents as stopped:
-                return stopped.latents
-            except LazyCompressError:
-                raise
-            except (TypeError, ValueError) as error:
-                raise InputError(
-                    f"{type(pipeline).__name__} refuses the call: {' '.join(str(error).split())[:300]}; say what to sample "
-                    f"with the recipe's pipeline section or call_kwargs="
-                ) from error
-        latents = output[0]
-        if not isinstance(latents, Tensor):
-            raise InputError(f"{type(pipeline).__name__} gives no latents but {type(latents).__name__}: pass sampler=")
-        return latents
-
-    return sampler
-
-
-@contextmanager
-def _in_place(pipeline: Any, name: str, model: Any) -> Iterator[None]:
-    """`model` as that part of the pipeline, its config untouched."""
-    before = getattr(pipeline, name)
-    object.__setattr__(pipeline, name, model)
-    try:
-        yield
-    finally:
-        object.__setattr__(pipeline, name, before)
-
-
-@contextmanager
-def _stop_at_decoder(pipeline: Any) -> Iterator[None]:
-    """Pipelines that decode whatever `output_type` says are left where they hand the latents to the decoder."""
-    decoders = [
-        part for part in pipeline.components.values() if isinstance(part, nn.Module) and hasattr(part, "decode")
-    ]
-
-    def stop(latents: Tensor, *_: Any, **__: Any) -> Any:
-        raise _Latents(latents)
-
-    for decoder in decoders:
-        decoder.__dict__["decode"] = stop
-    try:
-        yield
-    finally:
-        for decoder in decoders:
-            decoder.__dict__.pop("decode", None)
-
-
-@contextmanager
-def _silent(pipeline: Any) -> Iterator[None]:
-    before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**before)
+def _dense(module: Any) -> Any:
+    """The module that a lazy graph was made from, or the module itself."""
+    return module.model if isinstance(module, LazyDenoiser) else module

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import lazycompress
 
+from ...places import DEMO, seal, whole_folder
 from ...report import render
 from ...runtime import LazyModel
 from .classifier import load_classifier
@@ -44,21 +45,34 @@ class Row:
     seconds: float
 
 
-def run_demo(directory: Path, images: int = 2000, steps: int = 50) -> list[Row]:
+def run_demo(directory: Path, images: int = 2000, steps: int = 50, *, overwrite: bool = False) -> list[Row]:
     """Run it and write `table.txt`, `table.json`, `samples.png`, `reuse.png`, `gates/` and `openvino/` to `directory`.
 
+    Args:
+        directory: where to; written whole or not at all.
+        images: of each way of sampling.
+        steps: of the dense model.
+        overwrite: replace an earlier demo.
+
     Raises:
-        LazyCompressError: the folder cannot be written, or the OpenVINO extra is missing.
+        LazyCompressError: the folder is not ours to replace or cannot be written, or the OpenVINO extra is missing.
     """
+    with whole_folder(directory, DEMO, overwrite) as folder:
+        rows = _run(folder, images, steps)
+        seal(folder, DEMO, {})
+    print(f"written to {directory}: table.txt, table.json, samples.png, reuse.png, gates/, openvino/")
+    return rows
+
+
+def _run(directory: Path, images: int, steps: int) -> list[Row]:
     from ...export.openvino_runner import OpenVINORunner
 
-    directory.mkdir(parents=True, exist_ok=True)
     model = load_bundled()
     started = time.perf_counter()
     lazy: LazyModel = lazycompress.apply(model, RECIPE)
     print(lazy.training_report)
     lazycompress.save(lazy, directory / "gates")
-    lazycompress.export(lazy, directory / "openvino", format="openvino", telemetry=True, overwrite=True)
+    lazycompress.export(lazy, directory / "openvino", format="openvino", telemetry=True)
     runner = OpenVINORunner(directory / "openvino")
     print(f"learned and exported in {time.perf_counter() - started:.0f} s")
 
@@ -113,7 +127,6 @@ def run_demo(directory: Path, images: int = 2000, steps: int = 50) -> list[Row]:
     (directory / "table.txt").write_text(text, encoding="utf-8")
     (directory / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
     print(text)
-    print(f"written to {directory}: table.txt, table.json, samples.png, reuse.png, gates/, openvino/")
     return rows
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ExportError, LazyCompressError
+from ..files import kind_of, path_of, read_tensors
 from ..graph.sizes import resized
 from ..runtime import LazyModel
-from .card import exports_in, read_card
-from .trace import Granularity, granularity
+from .card import Granularity, check_files, exports_in, read_card
+from .trace import granularity
 
 CHECK_FILE = "lazycompress.check.safetensors"
 
@@ -37,6 +38,7 @@ class Report:
         tolerance: what `difference / largest` may be.
         flipped: decisions that differ; None for a file without telemetry.
         allowed: how many may: weights stored in half the size move scores.
+        broken: where the file gave NaN or infinity; empty if nowhere.
     """
 
     directory: str
@@ -45,17 +47,35 @@ class Report:
     tolerance: float
     flipped: int | None
     allowed: int = 0
+    broken: str = ""
+
+    @property
+    def relative(self) -> float:
+        """The largest difference as a share of the largest output."""
+        return self.difference / max(self.largest, 1e-12)
 
     @property
     def ok(self) -> bool:
-        return self.difference <= self.tolerance * max(self.largest, 1e-12) and (self.flipped or 0) <= self.allowed
+        return not self.broken and self.relative <= self.tolerance and (self.flipped or 0) <= self.allowed
 
     def __str__(self) -> str:
+        if self.broken:
+            return f"{self.directory}: DIFFERS, {self.broken} holds NaN or infinity"
         flips = "not in the file" if self.flipped is None else f"{self.flipped} differ"
         return (
-            f"{self.directory}: {'ok' if self.ok else 'DIFFERS'}, largest difference to torch {self.difference:.1e} "
-            f"(outputs up to {self.largest:.2g}), decisions: {flips}"
+            f"{self.directory}: {'ok' if self.ok else 'DIFFERS'}, largest difference to torch {self.relative:.1e} of the "
+            f"largest output ({self.largest:.2g}; allowed {self.tolerance:.0e}), decisions: {flips}"
         )
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One call of torch: inputs by name, outputs in order, and what was reused, [branches, batch]."""
+
+    number: int
+    inputs: dict[str, Tensor]
+    outputs: list[Tensor]
+    decisions: Tensor
 
 
 def record(lazy: LazyModel, decide: Granularity, sizes: bool = True) -> dict[str, Tensor]:
@@ -104,29 +124,76 @@ def record(lazy: LazyModel, decide: Granularity, sizes: bool = True) -> dict[str
     return {name: value.detach().cpu().clone().contiguous() for name, value in found.items()}
 
 
-def save_record(found: dict[str, Tensor], directory: Path) -> None:
-    """Write what `record` gave."""
-    save_file(found, directory / CHECK_FILE)
+def recorded_calls(found: Mapping[str, Tensor], card: Mapping[str, Any], where: str) -> list[RecordedCall]:
+    """What `record` gave, call by call, if it says something.
+
+    Args:
+        found: tensors by call and name.
+        card: of the file; names inputs and counts outputs.
+        where: what is at fault if it does not, for messages.
+
+    Raises:
+        ExportError: there is no call, one is not whole, or it holds NaN or infinity.
+    """
+    calls: list[RecordedCall] = []
+    while f"{len(calls)}.decisions" in found:
+        number = len(calls)
+        inputs = {name: found.get(f"{number}.in.{name}") for name in card["inputs"]}
+        outputs = [found.get(f"{number}.out.{k}") for k in range(len(card["outputs"]))]
+        named = {**{f"input {name}": value for name, value in inputs.items()}}
+        named |= {f"output {name}": value for name, value in zip(card["outputs"], outputs, strict=True)}
+        decisions = found[f"{number}.decisions"]
+        for name, value in named.items():
+            if value is None or not value.numel():
+                raise ExportError(f"{where}: {name} of recorded call {number} is missing: export again")
+            # Masks may hold infinity.
+            bad = value.isnan() if name.startswith("input") else ~value.isfinite()
+            if bool(bad.any()):
+                raise ExportError(f"{where}: {name} of recorded call {number} holds NaN or infinity")
+        if decisions.dim() != 2 or len(decisions) != len(card["branches"]):
+            raise ExportError(f"{where}: the decisions of recorded call {number} are not those of the branches")
+        whole = {name: value for name, value in inputs.items() if value is not None}
+        calls.append(RecordedCall(number, whole, [value for value in outputs if value is not None], decisions))
+    if not calls:
+        raise ExportError(f"{where} says nothing: no call is recorded; export again")
+    return calls
 
 
-def compare(directory: Path, found: dict[str, Tensor], runner: Any, tolerance: float, allowed: int = 0) -> Report:
-    """Run a file on recorded calls."""
+def compare(directory: Path, calls: list[RecordedCall], runner: Any, tolerance: float, allowed: int = 0) -> Report:
+    """Run a file on recorded calls.
+
+    Raises:
+        ExportError: it does not run on them.
+    """
     difference = largest = 0.0
     flipped: int | None = None
-    for number in range(sum(name.endswith(".decisions") for name in found)):
-        prefix = f"{number}.in."
-        inputs = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    broken = ""
+    for call in calls:
         runner.usage.clear()
-        results = runner(**inputs)
-        for position, output in enumerate(results.values()):
-            expected = found[f"{number}.out.{position}"].double()
-            difference = max(difference, float((output.double() - expected).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
+        try:
+            results = runner(**call.inputs)
+        except LazyCompressError:
+            raise
+        except Exception as error:  # runtimes have error classes of their own
+            said = " ".join(str(error).split())[:300]
+            raise ExportError(f"the file in {directory} does not run on recorded call {call.number}: {said}") from error
+        if len(results) != len(call.outputs):
+            raise ExportError(f"the file in {directory} gives {len(results)} outputs, torch {len(call.outputs)}")
+        for (name, output), expected in zip(results.items(), call.outputs, strict=True):
+            if output.shape != expected.shape:
+                raise ExportError(
+                    f"the file in {directory} gives {name} with the sizes {list(output.shape)}, torch {list(expected.shape)}"
+                )
+            if not bool(output.isfinite().all()):
+                broken = broken or f"output {name} of recorded call {call.number}"
+                continue
+            difference = max(difference, float((output.double() - expected.double()).abs().max()))
+            largest = max(largest, float(expected.double().abs().max()))
         counted = runner.usage.reused
         if counted:
             told = sum(counted.values(), torch.zeros(1))
-            flipped = (flipped or 0) + int((told - found[f"{number}.decisions"].sum(dim=1)).abs().sum())
-    return Report(str(directory), difference, largest, tolerance, flipped, allowed)
+            flipped = (flipped or 0) + int((told - call.decisions.sum(dim=1)).abs().sum())
+    return Report(str(directory), difference, largest, tolerance, flipped, allowed, broken)
 
 
 def start(directory: Path, card: dict[str, Any] | None = None) -> Any:
@@ -144,7 +211,7 @@ def start(directory: Path, card: dict[str, Any] | None = None) -> Any:
         from .onnx_runner import OnnxRunner
 
         return OnnxRunner(directory, card=card)
-    except ExportError:
+    except LazyCompressError:
         raise
     except Exception as error:
         raise ExportError(f"the file in {directory} does not load: {' '.join(str(error).split())[-300:]}") from error
@@ -156,27 +223,40 @@ def verify(directory: str | Path) -> Report:
     A pipeline has a folder for each denoiser, see `card.exports_in`.
 
     Raises:
-        ExportError: the folder is a pipeline's, a file is missing or has another size, the model does not load, or the
-            folder has no recorded calls.
+        ExportError: the folder is a pipeline's, a file is missing or another one than was written, the model does not load,
+            or the folder has no recorded calls that say something.
     """
-    folder = Path(directory)
+    folder = path_of(directory)
     card = read_card(folder)
     if "denoisers" in card:
         inner = ", ".join(str(path) for path in exports_in(folder))
         raise ExportError(f"{folder} is a pipeline, whose files are in folders of their own: verify {inner}")
-    for name, size in card.get("files", {}).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            there = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
-            raise ExportError(f"{path} should be {size} bytes, there is {there}: export again")
-    if not (folder / CHECK_FILE).is_file():
+    check_files(folder, card)
+    path = folder / CHECK_FILE
+    parity = card.get("parity")
+    if kind_of(path) != "file" or parity is None:
         raise ExportError(f"{folder} was exported without recorded calls ({CHECK_FILE}); export with check=True")
+    calls = recorded_calls(read_tensors(path), card, str(path))
     try:
-        found = load_file(folder / CHECK_FILE)
+        runner = start(folder, card)
+        return compare(folder, calls, runner, parity["tolerance"], parity["flipped"] or 0)
+    except LazyCompressError:
+        raise
     except Exception as error:
-        raise ExportError(f"{folder / CHECK_FILE} cannot be read: {error}") from error
-    parity = card["parity"]
-    return compare(folder, found, start(folder), parity["tolerance"], parity["flipped"] or 0)
+        raise ExportError(f"the file in {folder} does not run: {' '.join(str(error).split())[-300:]}") from error
 
 
-__all__ = ["CHECK_FILE", "Report", "compare", "record", "save_record", "start", "verify"]
+def verify_all(directory: str | Path) -> list[Report]:
+    """`verify` for each file of an export, a pipeline's other files compared with the card.
+
+    Raises:
+        ExportError: as for `verify`.
+    """
+    folder = path_of(directory)
+    check_files(folder, read_card(folder))
+    return [verify(inner) for inner in exports_in(folder)]
+
+
+__all__ = [
+    "CHECK_FILE", "RecordedCall", "Report", "compare", "record", "recorded_calls", "start", "verify", "verify_all",
+]  # fmt: skip

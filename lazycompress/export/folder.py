@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from .. import __version__
-from ..errors import ExportError
+from ..errors import ExportError, InputError
+from ..files import write_tensors
+from ..lazy.attach import Handle
+from ..lazy.convert import graph_of
+from ..lazy.model import LazyModule
+from ..places import EXPORT, check_place, seal, whole_folder
 from ..runtime import LazyModel
-from ..storage import whole_folder
-from .card import CARD_FILE
-from .check import compare, record, save_record, start, verify
-from .trace import Form, Granularity, TracedModel, Weights, trace, widest
+from .card import Format, Granularity, Weights
+from .check import CHECK_FILE, compare, record, recorded_calls, start, verify
+from .finite import need_finite
+from .trace import Form, TracedModel, trace, widest
 
 #: Largest difference to torch that an export may have, as a share of the largest output: what each runtime rounds in float32.
 #: OpenVINO is less exact where a denominator comes near zero: the dense file of a tiny Sana (linear attention) has 2e-4, and
@@ -30,7 +32,7 @@ _COMPOSED = 5e-2
 
 
 def export(
-    lazy: LazyModel,
+    lazy: LazyModel | LazyModule | Handle,
     directory: str | Path,
     format: str | None = None,
     *,
@@ -44,7 +46,8 @@ def export(
     """Write a lazy model as a file that skips by itself.
 
     Args:
-        lazy: a model with trained gates, under any policy; the file always follows the gates.
+        lazy: a model with a plan or with gates, under any policy; the file always follows them. One that skips whole calls is
+            captured for this.
         directory: where to; written whole or not at all.
         format: "openvino" (caches as state) or "onnx" (caches as inputs and outputs); None: the recipe's.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
@@ -62,40 +65,32 @@ def export(
         ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
         MissingExtraError: the format's packages are not installed.
     """
+    if not isinstance(lazy, LazyModel):
+        raise InputError(
+            f"only a lazy model is exported: call lazycompress.apply first; there was {type(lazy).__name__}"
+        )
     recipe = lazy.recipe
     format = format or (recipe.export.format if recipe is not None else "openvino")
     telemetry = telemetry if telemetry is not None else recipe is not None and recipe.export.telemetry
-    if format not in ("openvino", "onnx"):
+    if format not in get_args(Format):
         raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
-    target = Path(directory)
-    need_place(target, overwrite)
     for name, value, known in (("weights", weights, Weights), ("decide", decide, Granularity)):
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
-    with whole_folder(target) as folder:
+    place = check_place(directory, EXPORT, overwrite)
+    graph = lazy if isinstance(lazy, LazyModel) else graph_of(lazy)
+    need_finite(graph)
+    with whole_folder(place, EXPORT, overwrite) as folder:
 
         def write(form: Form) -> dict[str, Any]:
             for path in folder.iterdir():  # what the form before left
                 path.unlink()
-            card = _write(lazy, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
-            return card | ({"parity": parity(lazy, card, folder, target, form.sizes)} if check else {})
+            card = _write(graph, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
+            return card | ({"parity": parity(graph, card, folder, place, form.sizes)} if check else {})
 
-        card = widest(lazy, type(lazy.model).__name__, write)
-        finish(card, folder)
-    return target
-
-
-def need_place(target: Path, overwrite: bool) -> None:
-    """Refuse to write over what no export wrote, or over an export that is to stay.
-
-    Raises:
-        ExportError: says which it is.
-    """
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / CARD_FILE).is_file():
-            raise ExportError(f"{target} is not empty and no export of lazycompress; choose another folder")
-        if not overwrite:
-            raise ExportError(f"{target} holds an export already; pass overwrite=True, or choose another folder")
+        card = widest(graph, type(graph.model).__name__, write)
+        seal(folder, EXPORT, card)
+    return Path(directory)
 
 
 def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, sizes: bool) -> dict[str, Any]:
@@ -112,12 +107,13 @@ def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, si
         ExportError: it gives something else than torch.
     """
     found = record(lazy, card["decide"], sizes)
-    save_record(found, folder)
+    calls = recorded_calls(found, card, f"{type(lazy.model).__name__} in torch")
+    write_tensors(found, folder / CHECK_FILE)
     exact = card["weights"] == "f32" and not lazy.stages
     rounding = _ROUNDING[card["format"]] if card["weights"] == "f32" else _STORED[card["weights"]]
     tolerance = max(rounding, _COMPOSED if lazy.stages else 0.0)
     try:
-        report = compare(target, found, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
+        report = compare(target, calls, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
     except RuntimeError as error:
         raise ExportError(f"the written file does not run: {' '.join(str(error).split())[:300]}") from error
     if not report.ok:
@@ -128,20 +124,6 @@ def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, si
         "tolerance": tolerance,
         "flipped": report.flipped,
     }
-
-
-def finish(card: dict[str, Any], folder: Path) -> None:
-    """Write `lazycompress.json` beside the files that it lists, and have all of them on the disk.
-
-    It comes last: what a killed export leaves has no card, and does not load.
-    """
-    files = [path for path in sorted(folder.iterdir()) if path.name != CARD_FILE]
-    card["files"] = {path.name: path.stat().st_size for path in files}
-    for path in files:
-        _flush(path)
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    for path in (folder / CARD_FILE, folder):
-        _flush(path)
 
 
 def _write(
@@ -170,15 +152,6 @@ def _write(
     return card
 
 
-def _flush(path: Path) -> None:
-    """Have a file or folder on the disk before the folder gets its name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe(
     lazy: LazyModel,
     traced: TracedModel,
@@ -189,11 +162,10 @@ def describe(
     weights: Weights = "f32",
     decide: Granularity = "sample",
 ) -> dict[str, Any]:
-    """The contents of `lazycompress.json`."""
+    """The contents of `lazycompress.json`, but for what `places.seal` adds."""
     program = lazy.program(lazy.example)
     names = [leaf.name for leaf in program.lowered.leaves]
     return {
-        "lazycompress": __version__,
         "format": format,
         "stateful": stateful,
         "telemetry": telemetry,
@@ -231,4 +203,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["describe", "export", "finish", "need_place", "parity", "verify"]
+__all__ = ["describe", "export", "parity", "verify"]

@@ -19,7 +19,9 @@ from typing import Any
 
 from ..errors import ExportError, MissingExtraError
 from ..graph.ops import FOUR_BITS
-from .trace import DECISIONS, TracedModel, Weights, is_weight
+from .card import Weights
+from .finite import narrowed
+from .trace import DECISIONS, TracedModel, is_weight
 
 try:
     import onnx
@@ -94,9 +96,11 @@ def write(model: ir.Model, directory: Path, largest: int = LARGEST) -> Path:
     """
     path = directory / MODEL_FILE
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{MODEL_FILE}.data" if size > largest else None)
     try:
+        ir.save(model, path, external_data=f"{MODEL_FILE}.data" if size > largest else None)
         onnx.checker.check_model(str(path))
+    except OSError as error:
+        raise ExportError(f"cannot write {path.name}: {error.strerror or error}") from error
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the written ONNX file does not check: {' '.join(str(error).split())[:300]}") from error
     return path
@@ -164,7 +168,7 @@ def _store_as(model: ir.Model, weights: Weights) -> None:
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or not is_weight(name, tensor.size):
             continue
-        narrow = torch.from_numpy(tensor.numpy().copy()).to(_TORCH_TYPES[weights])
+        narrow = narrowed(torch.from_numpy(tensor.numpy().copy()), _TORCH_TYPES[weights], name)
         stored = ir.Value(
             name=f"{name}.{weights}",
             shape=value.shape,

@@ -9,8 +9,9 @@ from typing import Any
 from torch.utils import dlpack
 
 from ..errors import ExportError, MissingExtraError
+from ..files import kind_of, path_of
 from ..report import Summary, Usage
-from .card import FileBranch, Output, fresh_state, need_sizes, read_card, tensors_of
+from .card import FileBranch, Output, fresh_state, need_ports, need_sizes, read_card, tensors_of
 from .onnx import MODEL_FILE
 from .trace import DECISIONS
 
@@ -43,14 +44,21 @@ class OnnxRunner:
         *,
         card: dict[str, Any] | None = None,
     ) -> None:
-        path = Path(directory) / MODEL_FILE
-        if not path.is_file():
+        path = path_of(directory) / MODEL_FILE
+        if kind_of(path) != "file":
             raise ExportError(f"{directory} holds no {MODEL_FILE}; lazycompress.export(..., format='onnx') writes it")
         card = card or read_card(directory)
+        if "branches" not in card:
+            raise ExportError(f"{directory} is a pipeline: its denoisers' files are in {', '.join(card['denoisers'])}")
         if session is None:
             session = ort.SessionOptions()
             session.log_severity_level = 3  # it warns of every constant that it folds
-        self.session = ort.InferenceSession(str(path), session, providers=["CPUExecutionProvider"])
+        try:
+            self.session = ort.InferenceSession(str(path), session, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's classes derive from Exception alone
+            said = " ".join(str(error).split())[-300:]
+            raise ExportError(f"the file in {directory} does not load: {said}") from error
+        need_ports(directory, [port.name for port in self.session.get_inputs()], card)
         self._state = card["state"]
         past = {entry["name"] for entry in self._state}
         self._inputs = [i.name for i in self.session.get_inputs() if i.name not in past]

@@ -25,9 +25,11 @@ from torch.export.decomp_utils import CustomDecompTable
 
 from ..errors import ExportError, MissingExtraError
 from ..graph.insert import FORECAST, StateSpec
+from .card import Weights
 from .exact import keep_exact
+from .finite import narrowed
 from .portable import add_sizes, slice_scatter
-from .trace import DECISIONS, TracedModel, Weights, is_weight
+from .trace import DECISIONS, TracedModel, is_weight
 
 try:
     import openvino as ov
@@ -137,7 +139,7 @@ def _store_as(model: ov.Model, weights: Weights) -> None:
         if not is_weight(name, int(np.prod(node.get_output_shape(0)))):
             continue
         readers = list(node.output(0).get_target_inputs())
-        narrow = torch.from_numpy(node.get_data().copy()).to(dtype)
+        narrow = narrowed(torch.from_numpy(node.get_data().copy()), dtype, name)
         stored = ov.Tensor(kind, ov.Shape(list(narrow.shape)))
         stored.data.view(np.uint16)[...] = narrow.view(torch.uint16).numpy()
         constant = ov.op.Constant(stored)

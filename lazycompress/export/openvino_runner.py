@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import ExportError, MissingExtraError
+from ..files import kind_of, path_of
 from ..report import Summary, Usage
-from .card import FileBranch, Output, fresh_state, need_sizes, read_card, tensors_of
+from .card import FileBranch, Output, fresh_state, need_ports, need_sizes, read_card, tensors_of
 from .openvino import MODEL_FILE
 from .trace import DECISIONS
 
@@ -45,21 +46,28 @@ class OpenVINORunner:
         *,
         card: dict[str, Any] | None = None,
     ) -> None:
-        path = Path(directory) / MODEL_FILE
-        if not path.is_file():
+        path = path_of(directory) / MODEL_FILE
+        if kind_of(path) != "file":
             raise ExportError(f"{directory} holds no {MODEL_FILE}; lazycompress.export writes it")
         # Some plugins round activations to 8 bits beside compressed weights, if they are not told otherwise.
         exact = {"INFERENCE_PRECISION_HINT": "f32"} | (
             {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"} if device == "CPU" else {}
         )
         properties = exact | (config or {})
-        self.compiled = ov.Core().compile_model(path, device, properties)
-        self.request = self.compiled.create_infer_request()
         card = card or read_card(directory)
+        if "branches" not in card:
+            raise ExportError(f"{directory} is a pipeline: its denoisers' files are in {', '.join(card['denoisers'])}")
+        try:
+            self.compiled = ov.Core().compile_model(path, device, properties)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[-300:]
+            raise ExportError(f"the file in {directory} does not load: {said}") from error
+        self.request = self.compiled.create_infer_request()
         self._timestep: str = card["timestep"]
         #: Caches that the file leaves to its caller; none where they are state.
         self._state: list[dict[str, Any]] = [] if card["stateful"] else card["state"]
         known = {name for port in self.compiled.inputs for name in port.get_names()}
+        need_ports(directory, known, card)
         self._sizes = {
             name: [size.get_length() if size.is_static else None for size in port.get_partial_shape()]
             for port in self.compiled.inputs

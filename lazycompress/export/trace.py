@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from ..errors import ExportError
 from ..graph.insert import LazyGraph, StateSpec
 from ..graph.lower import lazy_branches
 from ..runtime import LazyModel
+from .card import Granularity
 from .portable import make_portable
 
 _log = logging.getLogger(__name__)
@@ -47,9 +48,6 @@ class TracedModel:
     def present(self) -> list[str]:
         return [spec.name.replace("past", "present", 1) for spec in self.state]
 
-
-Granularity = Literal["sample", "batch"]
-Weights = Literal["f32", "f16", "bf16"]
 
 DECISIONS = "lazy_decisions"
 

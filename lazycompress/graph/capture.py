@@ -7,7 +7,6 @@ frames and numbers of tokens can be is for `torch.export` to find out, see `size
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
 import warnings
@@ -22,6 +21,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
+from ..models import bind, by_name, evaluating
 from .hostreads import HostReads, Recorder, Replayer, split_reads
 from .opaque import Opaque, untraceable
 from .ops import has_data_size, is_dynamic, shape_of
@@ -138,28 +138,12 @@ def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     Raises:
         InputError: the arguments do not fit the signature, or hold no tensor of rank 3 or more.
     """
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"the inputs do not fit {type(model).__name__}.forward: {error}; its parameters are "
-            f"{', '.join(signature.parameters)}"
-        ) from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise InputError(f"{type(model).__name__}.forward takes *{name}: pass its inputs by keyword")
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= value
-        elif kind is not inspect.Parameter.VAR_POSITIONAL and value is not None:
-            arguments[name] = value
+    arguments = {name: value for name, value in by_name(bind(model, args, kwargs)).items() if value is not None}
     lists = _lists_of_samples(arguments)
     arguments |= {name: torch.stack(arguments[name]) for name in lists}
     flat, spec = pytree.tree_flatten_with_path(arguments)
     tensors = [value for _, value in flat if isinstance(value, Tensor)]
-    names = [_path_name(path) for path, value in flat if isinstance(value, Tensor)]
+    names = [path_name(path) for path, value in flat if isinstance(value, Tensor)]
     others = {i: value for i, (_, value) in enumerate(flat) if not isinstance(value, Tensor)}
     streams = [i for i, t in enumerate(tensors) if _is_stream(t)]
     if not streams:
@@ -170,6 +154,10 @@ def take_apart(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         )
     latents = streams[0]
     batch = tensors[latents].shape[0]
+    if not batch:
+        raise InputError(
+            f"{type(model).__name__} was called with {names[latents]}{list(tensors[latents].shape)}: no samples"
+        )
     leaves = [
         Leaf(name, 0 if i == latents else _batch_dim(t, batch, tensors))
         for i, (name, t) in enumerate(zip(names, tensors, strict=True))
@@ -247,7 +235,7 @@ def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
         if unsettled is not None and not way.reads:
             continue
         try:
-            with untouched(model):
+            with untouched(model), evaluating(model):
                 captured = _export(model, call, way, warm=bool(failures))
         except Exception as error:  # torch.export raises errors of many classes
             if way.sizes and not isinstance(error, _BatchIsFixedError):
@@ -440,7 +428,8 @@ def _size_dims(tensor: Tensor, leaf: Leaf) -> list[int]:
     return [d for d, n in enumerate(tensor.shape) if d != leaf.batch_dim and n > 1 and (d != last or taken)]
 
 
-def _path_name(path: Any) -> str:
+def path_name(path: Any) -> str:
+    """A path of `pytree` as names with dots between them."""
     parts = []
     for entry in path:
         key = getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))

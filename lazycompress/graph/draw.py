@@ -25,6 +25,9 @@ COLOURS = {
     "parallel": ("#b9405e", "#ffffff"),
 }
 
+#: In every drawing: by it a file is known that may be drawn again.
+MARK = "<!-- drawn by lazycompress -->"
+
 _SHORT = {
     "attention": "attn",
     "joint-attention": "joint",
@@ -155,7 +158,7 @@ def branches_svg(
             f"{amount}</text>"
         )
     parts.append("</svg>")
-    return "\n".join(parts) + "\n"
+    return "\n".join([parts[0], MARK, *parts[1:]]) + "\n"
 
 
 def branches_html(

@@ -22,8 +22,10 @@ class Plan:
 
     Attributes:
         timesteps: of the calls, in their order; samplers of second order name one twice.
-        computes: one for each call; the first is true.
+        computes: one for each call; the first of each stream is true.
         order: of the forecast, 0 (the last output again), 1 or 2.
+        streams: a number for each call. Calls of one image under different conditions, as guidance in two calls makes them,
+            differ in it; a call is forecast from computed ones of its own stream. Left out, all calls are of stream 0.
 
     Raises:
         InputError: the lengths differ, a timestep is not finite, the first call does not compute, or there is no such order.
@@ -32,6 +34,7 @@ class Plan:
     timesteps: tuple[float, ...]
     computes: tuple[bool, ...]
     order: int = 2
+    streams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.timesteps) != len(self.computes) or not self.timesteps:
@@ -45,6 +48,18 @@ class Plan:
             raise InputError("the first call of a plan computes: there is nothing to forecast from before it")
         if self.order not in range(HIGHEST_ORDER + 1):
             raise InputError(f"a plan's forecast has order 0, 1 or 2; there was {self.order!r}")
+        if not self.streams:
+            object.__setattr__(self, "streams", (0,) * len(self.timesteps))
+        if len(self.streams) != len(self.timesteps):
+            raise InputError(
+                f"a plan has a stream for each timestep: there were {len(self.timesteps)} timesteps and "
+                f"{len(self.streams)} streams"
+            )
+        for stream in set(self.streams):
+            if not self.computes[self.streams.index(stream)]:
+                raise InputError(
+                    f"the first call of stream {stream} computes: there is nothing to forecast from before it"
+                )
 
     @property
     def share(self) -> float:
@@ -63,6 +78,29 @@ def even(timesteps: Sequence[float], share: float, order: int = 2) -> Plan:
     computed = max(1, math.floor(share * calls + 1e-9))
     chosen = {k * calls // computed for k in range(computed)}
     return Plan(tuple(timesteps), tuple(k in chosen for k in range(calls)), order)
+
+
+def forecast(past: Sequence[float], at: float, order: int) -> list[tuple[int, float]]:
+    """What a call that computes nothing gives: which computed outputs of its stream weigh how much.
+
+    The polynomial through the last outputs at `order + 1` different times, or as many as there are. Of several at one time,
+    as samplers of second order make them, the last one counts.
+
+    Args:
+        past: timesteps of the computed calls of the stream so far, oldest first; at least one.
+        at: the timestep of the call.
+        order: see `Plan`.
+
+    Returns:
+        Pairs of a position in `past` and a weight, the latest output first.
+    """
+    points: list[int] = []
+    for k in range(len(past) - 1, -1, -1):
+        if all(past[k] != past[p] for p in points):
+            points.append(k)
+        if len(points) == order + 1:
+            break
+    return list(zip(points, lagrange([past[p] for p in points], at), strict=True))
 
 
 def lagrange(times: Sequence[float], at: float) -> list[float]:

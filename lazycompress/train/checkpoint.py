@@ -10,24 +10,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from torch import Tensor
 
 from .. import __version__
+from ..encoding import EncodingError, decode, encode
 from ..errors import ExportError, InputError, RecipeError
+from ..files import checked, kind_of, path_of, read_json, read_tensors, write_tensors
 from ..recipe import Recipe
 from ..runtime import LazyModel
+from ..weights import weights_hash
 from .distributed import Group
 
 ABOUT_FILE = "about.json"
 
+#: Names of results, of files that were cut off, and the key of a result's structure in its file.
+_RESULT, _PART, _STRUCTURE = re.compile(r"[0-9a-f]{32}\.safetensors"), re.compile(r"\..+\.part"), "structure"
+
 #: Recipe keys that say nothing about what is learned.
 _ELSEWHERE = ("train.checkpoint", "export.")
+
+
+class _About(BaseModel):
+    """`about.json`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lazycompress: str = Field(max_length=100)
+    recipe: dict[str, Any]
+    model: str = Field(max_length=200)
+    timesteps: list[Annotated[float, Field(allow_inf_nan=False)]]
 
 
 class Checkpoint:
@@ -45,47 +65,70 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any], main: bool = True) -> None:
-        self.folder = Path(folder) if folder else None
+        self.folder = path_of(folder, "train.checkpoint") if folder else None
         if self.folder is None:
             return
         path = self.folder / ABOUT_FILE
-        if path.is_file():
+        if kind_of(path) == "file":
             _compare(self.folder, _read_about(path), json.loads(json.dumps(about)))
         elif main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                other = next((p.name for p in sorted(self.folder.iterdir()) if not _PART.fullmatch(p.name)), None)
+                if other is not None and not any(self.folder.glob(f"*/{ABOUT_FILE}")):
+                    raise ExportError(
+                        f"train.checkpoint: {self.folder} is not empty and keeps no training (it holds {other}); choose "
+                        "another folder"
+                    )
+                _write(path, json.dumps(about, indent=2).encode())
             except OSError as error:
                 raise ExportError(
                     f"train.checkpoint: cannot write {self.folder}: {error.strerror}; choose another folder"
                 ) from None
-            _write(path, json.dumps(about, indent=2).encode())
 
     def get(self, name: str) -> Any:
         """What was kept under this name, on the CPU, or None."""
         path = self._path(name)
-        if path is None or not path.is_file():
+        if path is None or kind_of(path) != "file":
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch has no class of its own for what cannot be read
-            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}; delete it") from None
+            tensors = read_tensors(path, InputError)
+            with safe_open(path, framework="pt") as file:
+                structure = json.loads((file.metadata() or {}).get(_STRUCTURE, ""))
+            return decode(structure, lambda name: _of(tensors, name))
+        except (InputError, EncodingError, RecursionError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; delete it") from None
 
     def put(self, name: str, value: Any) -> None:
         """Keep tensors, numbers, or lists and dictionaries of them."""
         path = self._path(name)
         if path is None:
             return
+        tensors: dict[str, Tensor] = {}
+
+        def number(tensor: Tensor) -> str:
+            tensors[str(len(tensors))] = tensor.detach().cpu().clone().contiguous()
+            return str(len(tensors) - 1)
+
+        structure = json.dumps(encode(value, number))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
             os.close(handle)
-            torch.save(value, beside)
-            os.replace(beside, path)
+            try:
+                write_tensors(tensors, Path(beside), {_STRUCTURE: structure})
+                os.replace(beside, path)
+            finally:
+                Path(beside).unlink(missing_ok=True)
         except OSError as error:
             raise ExportError(f"train.checkpoint: cannot write {path}: {error.strerror}") from None
 
     def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.pt"
+        return (
+            None
+            if self.folder is None
+            else self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        )
 
 
 def about(lazy: LazyModel, recipe: Recipe, timesteps: list[float]) -> dict[str, Any]:
@@ -102,15 +145,10 @@ def about(lazy: LazyModel, recipe: Recipe, timesteps: list[float]) -> dict[str, 
 
 
 def fingerprint(lazy: LazyModel) -> str:
-    """A hash of the branches and of some values of every weight."""
-    digest = hashlib.sha256()
+    """A hash of the branches and of the weights, the same on every device."""
+    digest = hashlib.sha256(weights_hash(lazy.model).encode())
     for branch in lazy.branches:
         digest.update(f"{branch.name} {branch.kind} {branch.macs} {branch.width}".encode())
-    for name, value in lazy.model.state_dict().items():
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        flat = value.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // 64)].cpu()
-        digest.update(some.contiguous().view(torch.uint8).numpy().tobytes() if some.numel() else b"")
     return digest.hexdigest()[:32]
 
 
@@ -132,19 +170,37 @@ def begin(folder: str, directory: Path, resume: bool, group: Group) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete the folder of a training, and nothing that is none."""
-    if any(folder.glob(f"**/{ABOUT_FILE}")):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete what trainings keep in a folder and in those in it, and the folders if nothing else is in them."""
+    if folder.is_symlink():
+        return
+    found = [path.parent for path in (folder / ABOUT_FILE, *folder.glob(f"*/{ABOUT_FILE}")) if _keeps_training(path)]
+    for inner in found:
+        for path in inner.iterdir():
+            own = path.name == ABOUT_FILE or _RESULT.fullmatch(path.name) or _PART.fullmatch(path.name)
+            if own and not path.is_dir():
+                path.unlink(missing_ok=True)
+    for inner in (*found, folder) if found else ():
+        with suppress(OSError):
+            inner.rmdir()
+
+
+def _keeps_training(path: Path) -> bool:
+    try:
+        return not path.parent.is_symlink() and bool(_read_about(path))
+    except InputError:
+        return False
+
+
+def _of(tensors: Mapping[str, Tensor], name: Any) -> Tensor:
+    if not isinstance(name, str) or name not in tensors:
+        raise EncodingError("its structure names a tensor that is not there")
+    return tensors[name]
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}; delete the folder, or choose another one") from None
-    if not isinstance(found, dict) or not {"lazycompress", "recipe", "model", "timesteps"} <= set(found):
-        raise InputError(f"{path} does not describe a training; choose another folder")
-    return found
+    return checked(
+        read_json(path, InputError), _About, f"{path} does not describe a training (choose another folder)", InputError
+    ).model_dump()
 
 
 def _compare(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

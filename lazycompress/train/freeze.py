@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..report import Usage
 from ..runtime import LazyModel
 from ..sampling import Sampler
 from .budget import TOLERANCE
-from .runs import errors_of_gates, own_noise
+from .runs import errors_of_gates
 from .schedule import Bools, run_lengths
 from .trainer import TrainReport, _gates_of, clock_times
 
@@ -48,13 +49,19 @@ def freeze(lazy: LazyModel, sampler: Sampler, recipe: Recipe, report: TrainRepor
         gates = _gates_of(lazy, times, schedules, order)
         gates.longest.fill_(min(recipe.guards.max_reuse, len(times)))
         lazy.set_gates(gates)
-        errors = errors_of_gates(lazy, sampler, range(first, first + JUDGED))
+        judged = errors_of_gates(lazy, sampler, range(first, first + JUDGED))
     ratios = [1.0 - float((schedule * macs).sum() / macs.sum() / len(times)) for schedule in schedules]
-    return TrainReport(
-        report.target, ratios[0], float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)),
-        report.forwards + len(times) * (COUNTED + 3 * JUDGED), report.seconds, [*report.history, float(errors.mean())],
-        report.runs, ratios, float(before.mean()),
-    )  # fmt: skip
+    return TrainReport.of(
+        report.target,
+        judged,
+        macs_ratio=ratios[0],
+        forwards=report.forwards + len(times) * (COUNTED + 3 * JUDGED),
+        seconds=report.seconds,
+        history=[*report.history, float(judged.errors.mean())],
+        runs=report.runs,
+        frontier=ratios,
+        unfrozen=float(before.errors.mean()),
+    )
 
 
 class _Counter(Usage):

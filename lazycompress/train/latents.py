@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, RecipeError
+from ..models import evaluating
+from ..noise import own_noise
 from ..recipe import Sampling
 from ..runtime import LazyModel
 from ..sampling import Sampler, build_inputs, build_scheduler, first_tensor, prediction_of
@@ -94,7 +96,7 @@ class RealLatents:
             raise RecipeError(f"train.latents: {sampling.scheduler} cannot add noise to an image; choose another one")
 
     def pair(self, generator: torch.Generator) -> tuple[Arguments, Arguments]:
-        with torch.random.fork_rng(devices=[]):
+        with own_noise():
             torch.manual_seed(_draw(2**31, generator))
             return self._pair(generator)
 
@@ -111,7 +113,7 @@ class RealLatents:
         add = getattr(scheduler, "add_noise", None) or (lambda x, n, t: scheduler.scale_noise(x, t, n))
         sample = add(latents[rows].to(noise), noise, now.repeat(self.sampling.batch))
         before = self._arguments(scheduler, inputs, sample, now)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.lazy.model):
             output = first_tensor(self.lazy.model(**before[1]))
         moved = scheduler.step(prediction_of(output, sample), now, sample).prev_sample
         return before, self._arguments(scheduler, inputs, moved, after)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
+from ..free_memory import available, size_of
 from ..graph.lower import lazy_branches
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
-from ..sampling import Sampler
+from ..sampling import Enough, Sampler
 from .distributed import Group
 
 #: Of what is free, this share may be planned for: the estimate leaves out what is small, and others need memory, too.
@@ -114,8 +116,8 @@ def check_memory(lazy: LazyModel, sampler: Sampler, recipe: Recipe, calls: int, 
     lower += [] if recipe.train.checkpointing else ["set train.checkpointing: true"]
     lower += [] if recipe.train.precision else ["set train.precision: bfloat16"]
     raise InputError(
-        f"learning needs about {_size(call * calls)} of memory ({_size(call)} a call of the model, {calls} calls), "
-        f"{_size(there)} are free on {lazy.device}{f' for each of {sharing} processes' if sharing > 1 else ''}: lower "
+        f"learning needs about {size_of(call * calls)} of memory ({size_of(call)} a call of the model, {calls} calls), "
+        f"{size_of(there)} are free on {lazy.device}{f' for each of {sharing} processes' if sharing > 1 else ''}: lower "
         f"{', '.join(lower)}, or sample in fewer steps"
     )
 
@@ -130,25 +132,19 @@ def bytes_of_a_call(lazy: LazyModel, sampler: Sampler) -> int:
     frozen = [p for p in lazy.model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    state = torch.get_rng_state()
     lazy.reset()
     try:
-        with torch.enable_grad(), lazy.controlled(recorder), torch.autograd.graph.saved_tensors_hooks(
+        with own_noise(), torch.enable_grad(), lazy.controlled(recorder), torch.autograd.graph.saved_tensors_hooks(
             recorder.keep, lambda kept: kept
         ):  # fmt: skip
             sampler(lazy)
-    except _EnoughSeen:
+    except Enough:
         pass
     finally:
-        torch.set_rng_state(state)
         lazy.reset()
         for parameter in frozen:
             parameter.requires_grad_(True)
     return sum(recorder.sizes.values()) + recorder.gradients
-
-
-class _EnoughSeen(BaseException):
-    """Leaves the sampler; not an Exception, so that no handler in between swallows it."""
 
 
 class _Recorder:
@@ -156,6 +152,7 @@ class _Recorder:
 
     def __init__(self, lazy: LazyModel) -> None:
         self.lazy = lazy
+        self.thread = threading.current_thread()
         graph = lazy.program(lazy.example).lowered.graph_module  # its weights may be cast ones
         weights = [*lazy.model.parameters(), *lazy.model.buffers(), *graph.parameters(), *graph.buffers()]
         self.ours = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -175,55 +172,10 @@ class _Recorder:
         self, branch: int, score: Tensor, valid: Tensor, fresh: list[Tensor], caches: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
         if self.lazy.usage.calls > 1:
-            raise _EnoughSeen
+            Enough.leave(self.thread)
         outputs = [f if f.requires_grad else f.detach().requires_grad_() for f in fresh]
         if self.lazy.usage.calls == 1:
             for value in outputs:
                 self.keep(value.detach())
                 self.gradients += value.nbytes
         return outputs, torch.zeros_like(valid)
-
-
-def available(device: torch.device, sharing: int = 1) -> int | None:
-    """Free bytes of a device for each of some processes that share it; None where that cannot be known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    if device.type != "cpu":
-        return None
-    free_bytes = [size for size in (_of_the_machine(), _of_the_container()) if size is not None]
-    return min(free_bytes) // sharing if free_bytes else None
-
-
-def _of_the_machine() -> int | None:
-    try:
-        import psutil
-    except ImportError:
-        pass
-    else:
-        return int(psutil.virtual_memory().available)
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _of_the_container() -> int | None:
-    """What the limit of a control group leaves; its page cache counts as used, so this is at least that much."""
-    folder = Path("/sys/fs/cgroup")
-    limit, used = (_lines(folder / name)[:1] for name in ("memory.max", "memory.current"))
-    if not limit or not used or not limit[0].isdigit():
-        return None
-    cache = [int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.startswith("inactive_file ")]
-    return int(limit[0]) - int(used[0]) + sum(cache)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

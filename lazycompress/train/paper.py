@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from ..gate import FORBIDDEN, Gates
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler, first_tensor
@@ -31,7 +32,7 @@ from .checkpoint import Checkpoint, about
 from .distributed import Group
 from .latents import RealLatents, Recorded, Source
 from .memory import check_memory, training_mode
-from .runs import errors_of_gates, own_noise, progress_bar
+from .runs import errors_of_gates, progress_bar
 from .trainer import TrainReport, clock_times, excluded_branches, tell_calls_apart
 
 UPDATES = 500
@@ -101,12 +102,16 @@ def train_paper(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
             if group.main and (k + 1) % KEEP_EVERY == 0:
                 checkpoint.put(KEPT, update.kept(k + 1))
         ratio = set_threshold(lazy, sampler, recipe.targets[0], seed + RUNS)
-        errors = errors_of_gates(lazy, sampler, [seed + RUNS + 1])
+        judged = errors_of_gates(lazy, sampler, [seed + RUNS + 1])
     forwards = (5.0 + source.forwards) * updates * group.size + len(calls[0]) * (RUNS + 12)
-    return TrainReport(
-        recipe.targets[0], ratio, float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)), forwards,
-        time.perf_counter() - started, [float(errors.mean())],
-    )  # fmt: skip
+    return TrainReport.of(
+        recipe.targets[0],
+        judged,
+        macs_ratio=ratio,
+        forwards=forwards,
+        seconds=time.perf_counter() - started,
+        history=[float(judged.errors.mean())],
+    )
 
 
 class _Update:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -93,12 +93,17 @@ class Runs:
             found.append(torch.cat([square_error(image, self._dense[seed]) for image, seed in pairs]))
         return found
 
+    def variance(self, seeds: Sequence[int]) -> float:
+        """Variance of the dense model's final latents for these seeds, by which errors are measured."""
+        return variance_of([self._dense[seed] for seed in seeds])
+
     def _linearised(self, schedule: Bools | None, seed: int, probes: int) -> dict[str, Any]:
         chosen = None if schedule is None else torch.from_numpy(schedule)
         dense = self._finals.get(seed) if schedule is not None else None
         with training_mode(self.lazy, self.recipe):
             found = linearise(
-                self.lazy, self.sampler, chosen, seed=seed, probes=probes, max_age=self.recipe.guards.max_reuse,
+                self.lazy, self.sampler, chosen, seed=seed, probes=probes,
+                max_age=min(self.recipe.guards.max_reuse, self.steps),
                 dense=None if dense is None else dense.to(self.lazy.device),
             )  # fmt: skip
         values = {field.name: getattr(found, field.name) for field in fields(Effects)}
@@ -154,33 +159,47 @@ def progress_bar(total: int, unit: str, shown: bool) -> Iterator[Progress]:
         yield Progress(bar)
 
 
-@contextmanager
-def own_noise() -> Iterator[None]:
-    """Torch's global generator is at the end of the block as it was before."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 def square_error(image: Tensor, dense: Tensor) -> Tensor:
-    """Mean squared error of each image, float32 [batch]."""
-    return (image - dense).float().square().reshape(image.shape[0], -1).mean(dim=1)
+    """Mean squared error of each image, float32 [batch]; infinite where an image is not of finite numbers."""
+    return (image - dense).float().square().reshape(image.shape[0], -1).mean(dim=1).nan_to_num(nan=torch.inf)
 
 
-def errors_of_gates(lazy: LazyModel, sampler: Sampler, seeds: Sequence[int]) -> Tensor:
-    """Mean squared error to the dense final latents of each image that the gates sample, [images of all seeds]."""
-    found = []
+@dataclass(frozen=True)
+class Judged:
+    """Held-out images against the dense ones.
+
+    Attributes:
+        errors: mean squared error of each image, float32 [images].
+        variance: of the dense latents.
+    """
+
+    errors: Tensor
+    variance: float
+
+    @property
+    def relative(self) -> float:
+        """The mean error as a share of the variance."""
+        return float(self.errors.mean()) / self.variance if self.variance else float("inf")
+
+
+def variance_of(images: Sequence[Tensor]) -> float:
+    """Mean variance of the values of an image."""
+    return float(torch.cat([image.float().flatten(1).var(dim=1, correction=0) for image in images]).mean())
+
+
+def errors_of_gates(lazy: LazyModel, sampler: Sampler, seeds: Sequence[int]) -> Judged:
+    """The images that the gates sample from the noise of some seeds, judged."""
+    found, finals = [], []
     for seed in seeds:
         torch.manual_seed(seed)
         lazy.reset()
         with torch.no_grad():
             image = sampler(lazy)
         torch.manual_seed(seed)
-        found.append(square_error(image, run(lazy, sampler, None)).cpu())
+        finals.append(run(lazy, sampler, None))
+        found.append(square_error(image, finals[-1]).cpu())
     lazy.reset()
-    return torch.cat(found)
+    return Judged(torch.cat(found), variance_of(finals))
 
 
 def _name(schedule: Bools | None, seed: int) -> str:

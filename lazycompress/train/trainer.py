@@ -14,6 +14,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +22,16 @@ from torch import Tensor
 
 from ..errors import InputError, RecipeError
 from ..gate import Gates
+from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..sampling import Sampler
 from .budget import Budget
+from .changing import Changing, listed
 from .checkpoint import Checkpoint, about
 from .distributed import Group
 from .memory import check_memory
-from .runs import Progress, Runs, own_noise, progress_bar
+from .runs import Judged, Progress, Runs, progress_bar
 from .schedule import Bools, Limits, Planner
 from .trajectory import Effects, run
 from .whole import exchanged, is_whole, of_whole, steps_of
@@ -56,6 +59,7 @@ class TrainReport:
         target: asked-for computed share of the branches' MACs, the first of a list.
         macs_ratio: computed share of the schedule found.
         error: mean squared error of held-out final latents to the dense ones; median and 99th percentile too.
+        relative: the mean error as a share of the variance of the dense latents: 1 is as far away as another image.
         forwards: model calls spent, a backward pass counted as two.
         seconds: wall time.
         history: error after each round.
@@ -70,6 +74,7 @@ class TrainReport:
     error: float
     median: float
     p99: float
+    relative: float
     forwards: float
     seconds: float
     history: list[float] = field(default_factory=list)
@@ -77,11 +82,28 @@ class TrainReport:
     frontier: list[float] = field(default_factory=list)
     unfrozen: float | None = None
 
+    @staticmethod
+    def of(target: float, judged: Judged, **rest: Any) -> TrainReport:
+        """A report of held-out images.
+
+        Raises:
+            RecipeError: they are not of finite numbers.
+        """
+        errors = judged.errors
+        if not bool(errors.isfinite().all()):
+            raise RecipeError(
+                f"target {target}: with so much reuse the final latents are no longer finite; raise target, or lower "
+                "guards.max_reuse or forecast"
+            )
+        mean, median, p99 = float(errors.mean()), float(errors.median()), float(errors.quantile(0.99))
+        return TrainReport(target=target, error=mean, median=median, p99=p99, relative=judged.relative, **rest)
+
     def __str__(self) -> str:
         frozen = "" if self.unfrozen is None else f"; frozen from gates with error {self.unfrozen:.1e}"
         return (
             f"learned in {self.seconds:.0f} s ({self.forwards:.0f} forward passes): {self.macs_ratio:.1%} of the branch MACs "
-            f"computed, error to dense {self.error:.1e} (median {self.median:.1e}, 99th percentile {self.p99:.1e}){frozen}"
+            f"computed, error to dense {self.relative:.2%} of the latents' variance ({self.error:.1e}, median {self.median:.1e}, "
+            f"99th percentile {self.p99:.1e}){frozen}"
         )
 
 
@@ -96,8 +118,8 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
         progress: show a progress bar.
 
     Raises:
-        InputError: no gradient reaches the model through the sampler, it makes a varying number of calls, or its run
-            does not fit into memory.
+        InputError: no gradient reaches the model through the sampler, it makes a varying number of calls, none of its calls
+            goes on from another, or its run does not fit into memory.
         RecipeError: a pattern of `guards.exclude` matches no branch, there is no branch of a kind in
             `guards.kind_targets`, or the guards leave too little to reuse.
     """
@@ -125,10 +147,16 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     lazy.set_gates(gates)
     _, errors, history = found[0]
     ratios = [search.planner.macs_ratio(schedule) for schedule in schedules]
-    return TrainReport(
-        recipe.targets[0], ratios[0], float(errors.mean()), float(errors.median()), float(errors.quantile(0.99)),
-        runs.forwards, time.perf_counter() - started, history, effort.linearised(len(budgets)), ratios,
-    )  # fmt: skip
+    return TrainReport.of(
+        recipe.targets[0],
+        Judged(errors, runs.variance(search.held_out)),
+        macs_ratio=ratios[0],
+        forwards=runs.forwards,
+        seconds=time.perf_counter() - started,
+        history=history,
+        runs=effort.linearised(len(budgets)),
+        frontier=ratios,
+    )
 
 
 @dataclass(frozen=True)
@@ -303,14 +331,24 @@ def tell_calls_apart(lazy: LazyModel, sampler: Sampler) -> list[list[float]]:
 
     Returns:
         The timesteps of a sampling run's calls, a list for each state that takes turns (guidance in two calls).
+
+    Raises:
+        InputError: no call goes on from another: the timestep does not move, or something else begins a new image each time.
     """
     tapes: dict[int, list[float]] = {}
-    hook = lazy.register_forward_hook(lambda module, *_: tapes.setdefault(module.context, []).append(module.timestep))
+    changing = Changing(lazy)
+
+    def after(module: LazyModel, args: Any, kwargs: Any, output: Any) -> None:
+        tapes.setdefault(module.context, []).append(module.timestep)
+        changing.see(args, kwargs)
+
+    hook = lazy.register_forward_hook(after, with_kwargs=True)
     torch.manual_seed(0)
     try:
         _ = run(lazy, sampler, None)
     finally:
         hook.remove()
+    changing.check(list(tapes.values()))
     tape = tapes.get(0, [])
     gaps = [abs(a - b) for a, b in pairwise(tape) if a != b]
     lazy.gates.direction.fill_(-1.0 if len(tape) > 1 and tape[-1] > tape[0] else 1.0)
@@ -335,9 +373,7 @@ def _gates_of(lazy: LazyModel, times: Tensor, schedules: list[Bools], order: lis
     phase = float(lazy.gates.phase)
     steps = times[1:] - times[:-1]
     if not bool((steps > 0).all() if rises else (steps < 0).all()):
-        raise InputError(
-            f"the sampler's timesteps neither rise nor fall: {[round(t, 3) for t in times.tolist()[:6]]}, ..."
-        )
+        raise InputError(f"the sampler's timesteps neither rise nor fall: {listed(times.tolist())}")
     names, widths = [b.name for b in lazy.branches], [b.width for b in lazy.branches]
     gates = Gates(names, widths, times, -1 if rises else 1)
     gates.phase.fill_(phase)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..models import not_finite
 from ..runtime import LazyModel
 from ..sampling import Sampler
 from .forecast import forecast_weights
@@ -126,7 +127,17 @@ class _Tape:
         return self._use(branch, fresh, reuse, order=0), computed
 
     def outputs(self, values: list[Tensor]) -> list[Tensor]:
-        """The model's outputs, as those of one more branch that is reused where all are."""
+        """The model's outputs, as those of one more branch that is reused where all are.
+
+        Raises:
+            InputError: the dense model's are not finite. Under a schedule they may be: that is one of its errors.
+        """
+        found = next(filter(None, map(not_finite, values)), "") if self.schedule is None else ""
+        if found:
+            raise InputError(
+                f"call {self.lazy.usage.calls + 1} of a sampling run, at timestep {self.timesteps[-1]:g}: the dense model's "
+                f"output holds {found}"
+            )
         return self._use(len(self.lazy.branches), values, self._whole, self.order)
 
     def _use(self, branch: int, fresh: list[Tensor], reuse: bool, order: int) -> list[Tensor]:
@@ -165,6 +176,11 @@ class _Tape:
             again = bool(self.timesteps) and self.timesteps[-1] == self.lazy.timestep
             self.timesteps.append(self.lazy.timestep)
             self.times.append(self.lazy.timestep - self.phase * again)
+        if self.schedule is not None and self.steps > len(self.schedule):
+            raise InputError(
+                f"the sampler calls the model more often than the {len(self.schedule)} times of other runs: gates need a fixed "
+                "number"
+            )
         self.fresh[-1][self._context] = {}
         self.used[-1][self._context] = {}
         self.may_reuse[-1] &= may_reuse

@@ -251,12 +251,12 @@ def test_a_killed_export_leaves_no_folder_that_loads(format: str, tmp_path: Path
         process = subprocess.Popen([sys.executable, "-c", _KILLED, str(target), format], stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        while process.poll() is None and len([*tmp_path.glob(".out.*/*")]) <= seen:
+        while process.poll() is None and len([*tmp_path.glob(".out.*/new/*")]) <= seen:
             time.sleep(0.001)
-        seen = len([*tmp_path.glob(".out.*/*")])
+        seen = len([*tmp_path.glob(".out.*/new/*")])
         process.kill()
         finished = process.wait() == 0
-        for left in tmp_path.glob(".out.*"):
+        for left in tmp_path.glob(".out.*/new"):
             if (left / "lazycompress.json").exists():  # killed after its last file, before the folder got its name
                 assert verify(left).ok
             else:

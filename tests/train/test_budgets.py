@@ -182,9 +182,11 @@ def test_a_static_schedule_is_what_most_samples_did_and_says_what_it_costs(dynam
         from lazycompress.train.runs import errors_of_gates
 
         first = recipe.train.seed * 1_000_003 + 500_001
-        assert report.unfrozen == pytest.approx(float(errors_of_gates(dynamic, sampler, [first, first + 1]).mean()))
+        assert report.unfrozen == pytest.approx(
+            float(errors_of_gates(dynamic, sampler, [first, first + 1]).errors.mean())
+        )
         dynamic.set_gates(frozen)
-        assert report.error == pytest.approx(float(errors_of_gates(dynamic, sampler, [first, first + 1]).mean()))
+        assert report.error == pytest.approx(float(errors_of_gates(dynamic, sampler, [first, first + 1]).errors.mean()))
     finally:
         dynamic.set_gates(trained)
 

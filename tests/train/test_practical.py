@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lazycompress
-from lazycompress import LazyCompressError
+from lazycompress import LazyCompressError, free_memory
 from lazycompress.cli import main
 from lazycompress.integrations.digits.model import WEIGHTS_DIR, load_bundled
 from lazycompress.recipe import load_recipe
@@ -402,16 +402,16 @@ def test_processes_on_one_machine_share_its_memory(lazy: LazyModel, monkeypatch:
     assert recipe.sampling is not None
     sampler = build_sampler(recipe.sampling)
     need = bytes_of_a_call(lazy, sampler) * 8
-    monkeypatch.setattr(memory, "_of_the_machine", lambda: int(need * 1.5))
-    monkeypatch.setattr(memory, "_of_the_container", lambda: None)
+    monkeypatch.setattr(free_memory, "_of_the_machine", lambda: int(need * 1.5))
+    monkeypatch.setattr(free_memory, "_of_the_container", lambda: None)
     check_memory(lazy, sampler, recipe, 8, Group())
     with pytest.raises(LazyCompressError, match="for each of 2 processes"):
         check_memory(lazy, sampler, recipe, 8, Group(0, 2, 2))
-    monkeypatch.setattr(memory, "_of_the_container", lambda: need // 2)
+    monkeypatch.setattr(free_memory, "_of_the_container", lambda: need // 2)
     with pytest.raises(LazyCompressError, match="learning needs about"):
         check_memory(lazy, sampler, recipe, 8, Group())
-    monkeypatch.setattr(memory, "_of_the_machine", lambda: None)
-    monkeypatch.setattr(memory, "_of_the_container", lambda: None)
+    monkeypatch.setattr(free_memory, "_of_the_machine", lambda: None)
+    monkeypatch.setattr(free_memory, "_of_the_container", lambda: None)
     check_memory(lazy, sampler, recipe, 8, Group())
 
 

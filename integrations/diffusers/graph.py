@@ -1,0 +1,104 @@
+"""Pipelines whose denoisers run as lazy graphs: for plans with branches, and for files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from torch import nn
+
+from ...api import make_lazy
+from ...errors import InputError
+from ...recipe import Recipe
+from ...runtime import LazyModel
+from ...sampling import Sampler
+from ...storage import save as save_gates
+from .sampling import Arguments, learning_sampler
+
+#: Folder of the gates inside the folder of a saved denoiser.
+GATES_FOLDER = "lazy"
+
+
+class LazyDenoiser(LazyModel, ModelMixin):  # type: ignore[misc]
+    """A lazy model that diffusers takes for one of its own: pipelines save it, move it and ask for its config.
+
+    `save_pretrained` writes the dense model, and the gates into `lazy/` beside it: the folder loads in diffusers without
+    this package, and `load_lazy(pipe, folder)` makes it lazy again.
+    """
+
+    #: Calls a step, as seen while learning; more than one is guidance in calls that take turns.
+    turns: int = 1
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        **options: Any,
+    ) -> None:
+        saved: Any = self.model
+        saved.save_pretrained(
+            save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **options
+        )  # fmt: skip
+        save_gates(self, Path(save_directory) / GATES_FOLDER, overwrite=True)
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> Any:
+        raise InputError(
+            "load the pipeline with diffusers, then call lazycompress.integrations.diffusers.load_lazy(pipe, folder)"
+        )
+
+
+def make_denoisers(
+    pipeline: Any,
+    recipe: Recipe,
+    calls: Mapping[str, Mapping[str, Any]],
+    arguments: Arguments,
+    sampler: Sampler | None,
+    progress: bool,
+) -> dict[str, LazyDenoiser]:
+    """Capture and learn each denoiser of a pipeline, and put it in the place of the dense one.
+
+    Args:
+        calls: arguments of one call of each.
+
+    Raises:
+        LazyCompressError: a denoiser cannot be captured, located or trained; the pipeline is as it was.
+    """
+    made: dict[str, LazyDenoiser] = {}
+    hooks: list[Any] = []
+    try:
+        for name, inputs in calls.items():
+            dense = getattr(pipeline, name)
+            sample = sampler or learning_sampler(pipeline, name, arguments)
+            contexts: set[int] = set()
+
+            def make(*given: Any, name: str = name, contexts: set[int] = contexts, **options: Any) -> LazyDenoiser:
+                made[name] = LazyDenoiser(*given, **options)
+                hooks.append(made[name].register_forward_hook(lambda module, *_: contexts.add(module.context)))
+                return made[name]
+
+            own = recipe.checkpoint_of(name) if len(calls) > 1 else recipe
+            lazy = make_lazy(dense, inputs, own, sample, make=make, progress=progress)
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+            made[name].turns = max(1, len(contexts))
+            put(pipeline, name, lazy)
+    except BaseException:
+        for name, lazy in made.items():
+            put(pipeline, name, lazy.model)
+        raise
+    return made
+
+
+def put(pipeline: Any, name: str, module: nn.Module) -> None:
+    """Register a part as the pipeline does itself, under the class that the saved pipeline is to name."""
+    dense = module.model if isinstance(module, LazyDenoiser) else module
+    pipeline.register_modules(**{name: dense})
+    recorded = pipeline.config[name]
+    pipeline.register_modules(**{name: module})
+    pipeline.register_to_config(**{name: recorded})

@@ -1,0 +1,193 @@
+"""A module that stays what it is: its calls go through an engine, outside of everything else.
+
+`nn.Module.__call__` looks up `_call_impl` on the instance. That is where the engine sits: outside of `forward` and of whatever
+replaces it, now or later (accelerate's and diffusers' offloading, adapters, casting), so that a skipped call moves no weight and
+whoever takes their hooks off again takes nothing of ours with them. `forward` itself, its signature and the class stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..plan.plan import Plan
+from .engine import Engine, Policy, run
+from .scopes import Scope, Surroundings, opened
+from .usage import CallSummary
+
+_log = logging.getLogger(__name__)
+
+_CALL = "_call_impl"
+_COMPILED = "_compiled_call_impl"
+
+
+def nothing_around(module: nn.Module) -> Scope | None:
+    """No scope but those that are opened."""
+    return None
+
+
+class Handle:
+    """A module with an engine before it.
+
+    Attributes:
+        module: the user's own.
+        engine: decides about its calls.
+        enabled: false: calls go straight to the module.
+    """
+
+    def __init__(self, module: nn.Module, engine: Engine, surroundings: Surroundings = nothing_around) -> None:
+        self.module = module
+        self.engine = engine
+        self.enabled = True
+        self.training_report: Any = None
+        self.recipe: Any = None
+        #: Positional and keyword arguments of one call.
+        self.example: tuple[Sequence[Any], Mapping[str, Any]] | None = None
+        #: Calls at a timestep, as seen while learning; more than one is guidance in calls that take turns.
+        self.turns = 1
+        self._surroundings = surroundings
+        self._compiled: Callable[..., Any] | None = module.__dict__.get(_COMPILED)
+        self._standin: Callable[..., Any] | None = None
+        self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None, "_standin": None}
+
+    @property
+    def policy(self) -> Policy:
+        """ "learned" (the plan is followed), "compute" (everything is computed), "reuse" (all but first calls are not)."""
+        return self.engine.policy
+
+    @policy.setter
+    def policy(self, value: Policy) -> None:
+        self.engine.policy = value
+
+    @property
+    def plan(self) -> Plan:
+        return self.engine.plan
+
+    def reset(self) -> None:
+        """Forget all images and the statistics. Not needed between images."""
+        self.engine.reset()
+
+    def summary(self) -> CallSummary:
+        """What was computed and what was not since the last `reset()`."""
+        return self.engine.summary()
+
+    def set_target(self, target: float, timesteps: Sequence[float] | Tensor | None = None) -> float:
+        """See `Engine.set_target`."""
+        return self.engine.set_target(target, timesteps)
+
+    def take_over(self, other: Handle) -> None:
+        """Take what another handle knows beside its engine."""
+        self.enabled, self.recipe, self.example = other.enabled, other.recipe, other.example
+        self.training_report, self.turns = other.training_report, other.turns
+
+    @contextmanager
+    def replaced(self, standin: Callable[..., Any]) -> Iterator[None]:
+        """Within the block, whoever calls the module calls `standin`; `inner` calls the module itself."""
+        before, self._standin = self._standin, standin
+        try:
+            yield
+        finally:
+            self._standin = before
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module itself: its hooks, what offloads it, what compiled it."""
+        if self._compiled is not None:
+            return self._compiled(*args, **kwargs)
+        return type(self.module)._call_impl(self.module, *args, **kwargs)
+
+    # What runs outside of the module is not for compilers; what it calls is.
+    @torch.compiler.disable(recursive=False)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling the module does."""
+        if self._standin is not None:
+            return torch.compiler.disable(self._standin)(*args, **kwargs)
+        if not self.enabled or torch.compiler.is_exporting():
+            return self.inner(*args, **kwargs)
+        if self._steps_aside(self.module):
+            return self.inner(*args, **kwargs)
+        output, computed = run(self.engine, self.inner, args, kwargs, self._scope())
+        return output if computed else self._through_hooks(args, kwargs, output)
+
+    def compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling a module does that `module.compile()` compiled."""
+        return self.call(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _scope(self) -> Scope | None:
+        return opened(self.module) or self._surroundings(self.module)
+
+    @torch.compiler.disable
+    def _steps_aside(self, module: Any) -> bool:
+        """Whether another cache is enabled on the module: two that skip do not know of each other."""
+        if not getattr(module, "is_cache_enabled", False):
+            return False
+        if not self._told:
+            _log.warning(
+                "lazycompress: %s has a cache of its own enabled; while it is, nothing is skipped here",
+                type(module).__name__,
+            )
+        self._told = True
+        self.engine.usage.add_dense(0, read=False)
+        return True
+
+    @torch.compiler.disable
+    def _through_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The module's own forward hooks see a skipped call as they see any other."""
+        module = self.module
+        for key, before in list(module._forward_pre_hooks.items()):
+            if key in module._forward_pre_hooks_with_kwargs:
+                changed = before(module, args, kwargs)  # type: ignore[call-arg]
+                args, kwargs = changed if changed is not None else (args, kwargs)
+            else:
+                changed = before(module, args)
+                args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        for key, after in list(module._forward_hooks.items()):
+            if key in module._forward_hooks_with_kwargs:
+                changed = after(module, args, kwargs, output)  # type: ignore[call-arg,arg-type]
+            else:
+                changed = after(module, args, output)
+            output = output if changed is None else changed
+        return output
+
+
+def attach(module: nn.Module, engine: Engine, surroundings: Surroundings = nothing_around) -> Handle:
+    """Put an engine before a module, in place of one that is there."""
+    detach(module)
+    handle = Handle(module, engine, surroundings)
+    module.__dict__[_CALL] = handle.call
+    if handle._compiled is not None:
+        module.__dict__[_COMPILED] = handle.compiled
+    return handle
+
+
+def detach(module: nn.Module) -> None:
+    """Make a module what it was before `attach`."""
+    handle = handle_of(module)
+    if handle is None:
+        return
+    del module.__dict__[_CALL]
+    if getattr(module.__dict__.get(_COMPILED), "__self__", None) is handle:
+        if handle._compiled is not None:
+            module.__dict__[_COMPILED] = handle._compiled
+        else:
+            del module.__dict__[_COMPILED]
+
+
+def handle_of(module: Any) -> Handle | None:
+    """The handle of a module, or of the one that `torch.compile` wrapped; None if there is none."""
+    inside = uncompiled(module)
+    found = getattr(inside.__dict__.get(_CALL), "__self__", None) if isinstance(inside, nn.Module) else None
+    return found if isinstance(found, Handle) else None
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile(module)` was given, or the module itself."""
+    return getattr(module, "__dict__", {}).get("_modules", {}).get("_orig_mod", module)

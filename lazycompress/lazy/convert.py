@@ -1,0 +1,73 @@
+"""From a plan of whole calls to a lazy graph, for files: every branch's gate follows the plan, and outputs are forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ExportError
+from ..gate import Gates
+from ..graph.capture import take_apart
+from ..graph.locate import Branch
+from ..plan.plan import Plan
+from ..runtime import LazyModel
+from .attach import Handle
+from .follow import stream_of
+from .model import LazyModule
+
+_Lazy = TypeVar("_Lazy", bound=LazyModel)
+
+
+def graph_of(lazy: Handle | LazyModule, kind: type[_Lazy] = LazyModel) -> _Lazy:  # type: ignore[assignment]
+    """A lazy graph of the module, with the module's weights, that follows the same plan.
+
+    Guidance in calls that take turns has one plan there: that of the first of them.
+
+    Raises:
+        ExportError: no call of the module is known.
+        LazyCompressError: the module cannot be captured, or no branches are found in it.
+    """
+    module = lazy.module if isinstance(lazy, Handle) else lazy.model
+    if lazy.example is None:
+        raise ExportError(
+            f"no call of {type(module).__name__} is known that a graph could be made of: apply the recipe again"
+        )
+    plan = stream_of(lazy.engine.plan, 0)
+    call = take_apart(module, *lazy.example)
+    with lazy.replaced(lazy.inner):  # it is the module itself that is captured
+        timestep = lazy.engine.reader.timestep or None
+        made = kind(module, call, lambda branches: gates_of(plan, branches), timestep_input=timestep)
+    made.recipe, made.training_report = lazy.recipe, lazy.training_report
+    return made
+
+
+def gates_of(plan: Plan, branches: Sequence[Branch]) -> Gates:
+    """Gates that decide alike for all branches, as a plan of one stream does."""
+    direction = 1.0 if plan.timesteps[0] >= plan.timesteps[-1] else -1.0
+    times = torch.tensor(plan.timesteps, dtype=torch.float64)
+    gaps = times.diff().abs()
+    again = torch.cat([torch.zeros(1, dtype=torch.bool), gaps == 0])
+    phase = float(gaps[gaps > 0].min()) / 2 if bool(again.any()) and bool((gaps > 0).any()) else 0.0
+    order = _distinct(times - direction * phase * again, torch.tensor(plan.computes))
+    gates = Gates(
+        [b.name for b in branches], [b.width for b in branches], torch.tensor([t for t, _ in order]), int(direction)
+    )
+    gates.order.fill_(plan.order)
+    gates.static.fill_(1)
+    gates.phase.fill_(phase)
+    reuse = torch.tensor([not computes for _, computes in order]).expand(len(branches), -1)
+    gates.follow(reuse, torch.ones_like(reuse))
+    gates.rank.copy_(torch.where(reuse, torch.arange(len(order), dtype=torch.float32), torch.inf))
+    gates.frontier = reuse.unsqueeze(0).clone()
+    return gates
+
+
+def _distinct(times: Tensor, computes: Tensor) -> list[tuple[float, bool]]:
+    """Times in rising order, and whether any call at each of them computes."""
+    found: dict[float, bool] = {}
+    for time, computed in zip(times.to(torch.float32).tolist(), computes.tolist(), strict=True):
+        found[time] = found.get(time, False) or computed
+    return sorted(found.items())

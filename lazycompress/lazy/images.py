@@ -1,0 +1,210 @@
+"""Which image does a call go on with? Answered for each sample of the call; see `Images.find`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .calls import Call
+from .follow import Pace
+from .outputs import Form
+from .prints import Print, Sight
+from .scopes import Scope
+
+#: Latents go on with an image if its last latents and outputs explain all of them but this share of their norm. Samplers of
+#: ODEs leave less than a hundredth, other images of the same prompt far more: seldom less than a fifth, most often one.
+UNEXPLAINED = 0.1
+
+#: Latents with equal prints but for this share of their norm are the same: guidance calls a model with them twice.
+EQUAL = 1e-5
+
+#: Samples that are kept at most; the longest unused ones go first.
+MOST = 64
+
+#: Latents of fewer numbers than this for each vector that explains them prove nothing.
+FEWEST = 8
+
+
+@dataclass
+class Record:
+    """What one computed call gave one sample, and when."""
+
+    time: float
+    tensors: list[Tensor]
+
+
+@dataclass
+class Sample:
+    """One sample of one image that is under way.
+
+    Attributes:
+        kind: sizes, dtypes and constants of its calls.
+        scope: the scope that it was begun in, or None.
+        row, batch: its place in its last call.
+        timestep: of its last call.
+        prints: of its latents, the newest first, two at most.
+        conditions: prints of what it is conditioned on, by path.
+        latents: of its last call; a copy.
+        begun: the call that began it; two calls of guidance begin two samples with the same latents.
+        records: its last computed outputs, the newest last.
+        form: of its outputs.
+    """
+
+    kind: Hashable
+    scope: Hashable
+    row: int
+    batch: int
+    timestep: float
+    prints: list[Print]
+    conditions: Mapping[str, tuple[Hashable, Print]]
+    latents: Tensor
+    pace: Pace
+    begun: object = None
+    records: list[Record] = field(default_factory=list)
+    form: Form | None = None
+
+    def shares_latents(self, other: Sample) -> bool:
+        """Whether both had the same latents at this sample's last call: they are two calls of guidance."""
+        return any(p.same(self.prints[0], EQUAL) for p in other.prints)
+
+
+class Images:
+    """The samples that are under way in one module. Not locked: its owner is."""
+
+    def __init__(self) -> None:
+        self._samples: list[Sample] = []
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def clear(self) -> None:
+        self._samples.clear()
+
+    def forget(self, samples: Sequence[Sample]) -> None:
+        gone = {id(sample) for sample in samples}
+        self._samples = [sample for sample in self._samples if id(sample) not in gone]
+
+    def end(self, scope: Hashable) -> None:
+        """The images of a scope are over."""
+        self._samples = [sample for sample in self._samples if sample.scope != scope]
+
+    def add(self, sample: Sample) -> None:
+        self._samples.append(sample)
+        del self._samples[:-MOST]
+
+    def calls_before(self, scope: Scope | None, timestep: float, latents: Print) -> int:
+        """How many calls have begun images of these very latents: the stream of another one that begins with them."""
+        return len(
+            {
+                id(sample.begun)
+                for sample in self._samples
+                if sample.scope == scope and sample.timestep == timestep and sample.prints[0].same(latents, EQUAL)
+            }
+        )
+
+    def find(
+        self, kinds: Sequence[Hashable], call: Call, sight: Sight, scope: Scope | None, direction: float
+    ) -> list[Sample | None]:
+        """The sample that each row of a call goes on with, or None where it begins a new image.
+
+        1. Sizes, dtypes, constants, scope and conditions are the same.
+        2. The timestep is past the sample's last one; or it is the same, and the latents are not.
+        3. Inside a scope: the one at the same place of a batch of the same size, if there is one such. Where samples may change
+           places, it must also be the only one anywhere, and go on with nothing else.
+        4. Else its last latents and outputs, and those of samples that shared its latents, explain these latents: they are in
+           their span but for `UNEXPLAINED` of their norm, as any ODE sampler's are. Where several do so, the best one.
+
+        Whatever is not finite goes on with nothing.
+        """
+        rows = range(call.batch)
+        fitting = [self._fitting(kinds[row], row, sight, scope, direction) for row in rows]
+        taken: dict[int, Sample] = {}
+        if scope is not None:
+            for row in rows:
+                here = fitting[row] if not scope.in_place else [s for s in fitting[row] if _at(s, row, call.batch)]
+                if len(here) != 1 or not _at(here[0], row, call.batch) or here[0].timestep == sight.times[row]:
+                    continue
+                rivals = [k for k in rows if k != row and any(s is here[0] for s in fitting[k])]
+                if scope.in_place or not rivals:
+                    taken[row] = here[0]
+        pairs = [(row, sample) for row in rows if row not in taken for sample in fitting[row]]
+        left = self._unexplained(call, pairs)
+        ranked = sorted(
+            (
+                (residual > 2 * min(r for r, (other, _) in zip(left, pairs, strict=True) if other == row) + 1e-4,
+                 sample.row != row, residual, k)
+                for k, (residual, (row, sample)) in enumerate(zip(left, pairs, strict=True))
+                if residual <= UNEXPLAINED
+            )
+        )  # fmt: skip
+        for *_, k in ranked:
+            row, sample = pairs[k]
+            if row not in taken and all(sample is not other for other in taken.values()):
+                taken[row] = sample
+        return [taken.get(row) for row in rows]
+
+    def _fitting(self, kind: Hashable, row: int, sight: Sight, scope: Scope | None, direction: float) -> list[Sample]:
+        seen, time = sight.latents[row], sight.times[row]
+        if not seen.finite:
+            return []
+        found = []
+        for sample in self._samples:
+            if sample.kind != kind or sample.scope != scope or not sample.records:
+                continue
+            passed = (sample.timestep - time) * direction
+            if not (passed > 0 or (passed == 0 and not sample.prints[0].same(seen, EQUAL))):
+                continue
+            if _same(sample.conditions, sight.conditions[row]):
+                found.append(sample)
+        return found
+
+    def _unexplained(self, call: Call, pairs: Sequence[tuple[int, Sample]]) -> list[float]:
+        """Share of the norm of a row's latents that a sample's past leaves unexplained, for each pair; one transfer."""
+        if not pairs:
+            return []
+        left = []
+        for row, sample in pairs:
+            partners = [s for s in self._samples if s is not sample and s.scope == sample.scope]
+            partners = [s for s in partners if sample.shares_latents(s)]
+            pasts = [sample, *partners]
+            outputs = [record.tensors[0] for past in pasts for record in reversed(past.records)]
+            left.append(_residual(call.latents[row].detach(), sample.latents, outputs))
+        return [value if value == value else 1.0 for value in torch.stack(left).tolist()]
+
+
+def _at(sample: Sample, row: int, batch: int) -> bool:
+    return (sample.row, sample.batch) == (row, batch)
+
+
+def _same(before: Mapping[str, tuple[Hashable, Print]], now: Mapping[str, tuple[Hashable, Print]]) -> bool:
+    return before.keys() == now.keys() and all(
+        kind == now[path][0] and seen.same(now[path][1]) for path, (kind, seen) in before.items()
+    )
+
+
+def _residual(latents: Tensor, before: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """Norm of what of `latents` is outside of the span of `before` and `outputs`, as a share of its own; float32 scalar.
+
+    Models that are given more than they predict (an image beside the noise, say) have it behind: what counts is the part that
+    all have. By Gram-Schmidt.
+    """
+    alike = [output for output in outputs if output.dim() == latents.dim() and output.device == latents.device]
+    sizes = [min(t.shape[d] for t in (latents, *alike)) for d in range(latents.dim())]
+    common = tuple(slice(0, size) for size in sizes)
+    target = latents[common].to(torch.float32).flatten()
+    basis: list[Tensor] = []
+    for vector in [before, *alike][: max(1, target.numel() // FEWEST)]:
+        flat = vector[common].to(torch.float32).flatten()
+        norm = torch.linalg.vector_norm(flat)
+        for known in basis:
+            flat = flat - torch.dot(known, flat) * known
+        # What is left of a vector that the others explain is rounding; it is no direction.
+        length = torch.linalg.vector_norm(flat)
+        basis.append(torch.where(length > 1e-4 * norm, flat / length.clamp(min=1e-30), torch.zeros_like(flat)))
+    rest = target
+    for known in basis:
+        rest = rest - torch.dot(known, rest) * known
+    return torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(target).clamp(min=1e-30)

@@ -1,0 +1,153 @@
+"""A plan on disk: `plan.json`, plain JSON, checked value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ..encoding import Zeros
+from ..errors import ExportError, LazyCompressError
+from ..files import checked, read_json
+from ..gates_file import FileEntry, Finite, decoded_example, encoded_example, read_recipe
+from ..graph.capture import take_apart
+from ..places import GATES, seal
+from ..plan.plan import Plan
+from ..recipe import Recipe
+from ..weights import device_of, dtype_of, need_same, weights_hash
+from .calls import Reader
+from .engine import Engine
+from .learn import Even
+
+PLAN_FILE = "plan.json"
+
+#: More calls than any run of a sampler makes.
+CALLS = 100_000
+
+_Name = Annotated[str, Field(max_length=1000)]
+_Times = Annotated[list[Finite], Field(min_length=1, max_length=CALLS)]
+_Streams = Annotated[list[Annotated[int, Field(ge=0, le=64)]], Field(max_length=CALLS)]
+
+
+class Planned(Protocol):
+    """What is saved: a handle, or a lazy module."""
+
+    engine: Engine
+    recipe: Any
+    example: tuple[Sequence[Any], Mapping[str, Any]] | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder gave: the engine, the recipe, and one call like those at learning."""
+
+    engine: Engine
+    recipe: Recipe | None
+    example: tuple[Sequence[Any], Mapping[str, Any]] | None
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    lazycompress: str = Field(max_length=100)
+    model: str = Field(max_length=200)
+    weights: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    dtype: str = Field(max_length=40)
+    timesteps: _Times
+    computes: list[bool] = Field(max_length=CALLS)
+    order: int
+    streams: _Streams
+    target: Finite = Field(gt=0.0, le=1.0)
+    timestep_input: _Name
+    moving: list[_Name] = Field(max_length=1000)
+    known: list[_Name] | None = Field(max_length=1000)
+    learned_at: _Times | None
+    learned_streams: _Streams | None
+    recipe: dict[str, Any] | None
+    example: Any
+    files: dict[str, FileEntry]
+
+
+def write_plan(lazy: Planned, folder: Path) -> None:
+    """Write the plan of a lazy module into a folder that is there; the module's own weights are not written."""
+    engine, dense = lazy.engine, _module(lazy)
+    example = None
+    if lazy.example is not None:
+        try:
+            example = encoded_example(take_apart(dense, *lazy.example))
+        except LazyCompressError:  # calls that no graph can be made for
+            example = None
+    about = {
+        "model": type(dense).__name__,
+        "weights": weights_hash(dense),
+        "dtype": dtype_of(dense),
+        "timesteps": list(engine.plan.timesteps),
+        "computes": list(engine.plan.computes),
+        "order": engine.plan.order,
+        "streams": list(engine.plan.streams),
+        "target": engine.target,
+        "timestep_input": engine.reader.timestep,
+        "moving": sorted(engine.reader.moving),
+        "known": None if engine.reader.known is None else sorted(engine.reader.known),
+        "learned_at": list(engine.planner.timesteps) if isinstance(engine.planner, Even) else None,
+        "learned_streams": list(engine.planner.streams) if isinstance(engine.planner, Even) else None,
+        # But for a folder of the machine that learned.
+        "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
+        "example": example,
+    }
+    seal(folder, GATES, about, PLAN_FILE)
+
+
+def is_plan_of(lazy: Planned, folder: Path) -> bool:
+    """Whether a folder holds a plan that was learned with this kind of model."""
+    try:
+        return _read(folder).model == type(_module(lazy)).__name__
+    except LazyCompressError:
+        return False
+
+
+def load_plan(module: nn.Module, folder: Path, *, strict: bool = True) -> Loaded:
+    """The engine that follows the plan of a folder for the calls of a module.
+
+    Args:
+        module: the one that was learned with.
+        folder: what `write_plan` wrote.
+        strict: refuse a plan of another class or of other weights.
+
+    Raises:
+        ExportError: the folder holds no plan, a broken one, or one of another model.
+    """
+    path = folder / PLAN_FILE
+    file = _read(folder)
+    if strict:
+        need_same(module, file.model, file.weights, file.dtype, f"the decisions in {folder}")
+    recipe = read_recipe(file.recipe, path)
+    try:
+        plan = Plan(tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams))
+        planner = None
+        if file.learned_at and file.learned_streams:
+            planner = Even(tuple(file.learned_at), tuple(file.learned_streams), plan.order)
+        reader = Reader.of(module, file.timestep_input)
+    except LazyCompressError as error:
+        raise ExportError(f"{path}: {error}") from None
+    known = None if file.known is None else frozenset(file.known)
+    reader = Reader(reader.model, reader.names, reader.timestep, frozenset(file.moving), known)
+    arguments = decoded_example(file.example, path, Zeros(device_of(module)))
+    example = None if arguments is None else ((), arguments)
+    return Loaded(Engine(reader, plan, planner, file.target), recipe, example)
+
+
+def _read(folder: Path) -> _File:
+    path = folder / PLAN_FILE
+    return checked(read_json(path), _File, path)
+
+
+def _module(lazy: Planned) -> nn.Module:
+    """The user's own module: a handle stands before it, a lazy module has it inside."""
+    found = getattr(lazy, "module", None)
+    module: nn.Module = found if isinstance(found, nn.Module) else lazy.model  # type: ignore[attr-defined]
+    return module
