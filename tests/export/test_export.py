@@ -157,6 +157,7 @@ def test_the_file_holds_ifs_and_state_and_the_originals_names(lazy: LazyModel, o
     assert "ScaledDotProductAttention" not in outer, "attention runs inside the branches only"
 
 
+@pytest.mark.slow
 def test_without_telemetry_there_is_only_the_originals_output(small: LazyModel, tmp_path: Path) -> None:
     folder = lazycompress.export(small, tmp_path / "plain")
     model = ov.Core().read_model(folder / "openvino_model.xml")
@@ -197,6 +198,7 @@ def test_an_unwritable_place_is_one_line_and_leaves_nothing(lazy: LazyModel, tmp
             lazycompress.export(lazy, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_no_folder(small: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lazycompress.export import openvino
 

@@ -210,7 +210,7 @@ def together() -> LazyModel:
         "openvino",
         pytest.param("openvino bf16", marks=SLOW),
         pytest.param("openvino explicit", marks=SLOW),
-        "onnx",
+        pytest.param("onnx", marks=SLOW),
     ],
 )
 def together_file(
@@ -260,7 +260,8 @@ def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel
     assert 0.2 < float(outputs[1].mean()) < 0.8
 
 
-@pytest.mark.parametrize("gates", ["together", pytest.param("steady", marks=SLOW)])
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("gates", ["together", "steady"])
 def test_forecasts_lose_no_digits_under_a_bf16_hint(
     gates: str, request: pytest.FixtureRequest, export: Callable[..., Path]
 ) -> None:
@@ -299,6 +300,7 @@ def test_what_is_kept_has_the_shape_of_its_state(
         assert sink.get_input_partial_shape(0) == shapes[sink.get_variable_id()], sink.get_variable_id()
 
 
+@pytest.mark.slow(seconds=30)
 def test_a_file_of_one_branch_that_cannot_be_made_has_a_branch_for_each_gate(
     together: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,6 +111,7 @@ def test_channels_and_the_ends_of_sizes_are_refused(runner: Any) -> None:
         runner(**{**call, "text": call["text"][:, :, 1:]})
 
 
+@pytest.mark.slow(seconds=40)
 def test_a_file_that_cannot_take_other_sizes_takes_those_of_the_example(
     picture: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

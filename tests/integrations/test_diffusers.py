@@ -120,6 +120,7 @@ def test_a_batch_of_prompts_equals_single_ones(name: str) -> None:
     assert np.abs(together - singles).max() < 1e-4
 
 
+@pytest.mark.slow(seconds=30)
 def test_two_denoisers_are_both_made_lazy() -> None:
     call = {**PIPELINES["wan"].call, "num_inference_steps": STEPS}
     pipe = make_wan()
@@ -226,7 +227,7 @@ def test_offloading_moves_it_in_and_out() -> None:
     ("name", "format"),
     [
         ("dit", "openvino"),
-        ("dit", "onnx"),
+        pytest.param("dit", "onnx", marks=pytest.mark.slow(seconds=30)),
         pytest.param("pixart", "openvino", marks=pytest.mark.slow(seconds=40)),
         pytest.param("sd3", "onnx", marks=pytest.mark.slow(seconds=40)),
     ],
