@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint bench bench-export bench-compose bench-quality docs kills check-extras clean
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --durations 10
+
+.PHONY: help demo test test-all lint bench bench-export bench-compose bench-quality docs kills check-extras clean
 
 help:
 	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
-	@echo "make test   the tests"
+	@echo "make test   the tests that a change must pass: minutes (docs/testing.md)"
+	@echo "make test-all   all tests: long; SLICE=3/8 for the third of eight parts"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  benchmarks: long, prints ratios; bench-export, bench-compose, bench-quality for one kind"
 	@echo "make docs   write the generated pages of docs/"
@@ -24,7 +27,10 @@ demo: $(STAMP)
 	$(BIN)/lazycompress demo out/demo --overwrite
 
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)
+	$(PYTEST) $(if $(SLICE),--slice $(SLICE))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

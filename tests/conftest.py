@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,45 @@ from torch import nn
 from lazycompress.gate import Gates
 from lazycompress.graph.locate import Branch
 from lazycompress.integrations.digits.model import load_bundled
+from tests.slices import Slice, choose, unit
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slice", default="", metavar="K/N", help="run part K of N, which take about the same time each")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that share something of their module go to one process, and to one slice."""
+    if config.getoption("slice"):
+        kept = choose(items, Slice.parse(config.getoption("slice")))
+        left = set(items) - set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = kept
+    for item in items:
+        if unit(item) != item.nodeid:
+            item.add_marker(pytest.mark.xdist_group(unit(item)))
 
 
 @pytest.fixture(scope="session")
 def digits() -> nn.Module:
     """The bundled DiT; tests must not change it."""
     return load_bundled()
+
+
+def two_blocks() -> nn.Module:
+    """The bundled DiT without its last four blocks: trained weights, and quick to capture and to export."""
+    model: Any = load_bundled()
+    model.transformer_blocks = model.transformer_blocks[:2]
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def short() -> nn.Module:
+    """Two blocks of the bundled DiT, where its images do not matter; tests must not change it."""
+    return two_blocks()
 
 
 def make_lively_gates(branches: list[Branch]) -> Gates:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 
 from lazycompress import gate
 from lazycompress.gate import Gates
-from lazycompress.graph.locate import Branch
 from lazycompress.integrations.digits.model import digits_sampler, draw_noise
 from lazycompress.runtime import LazyModel, wrap
 from lazycompress.train.schedule import Limits, Planner
@@ -34,16 +35,20 @@ def random_schedule(seed: int, branches: int = 12, steps: int = STEPS) -> Tensor
 
 
 def following(schedule: Tensor, order: int = 1) -> LazyModel:
-    """The digits model with gates that take a schedule's decisions."""
+    """The digits model, captured once, with gates that take a schedule's decisions."""
+    lazy = captured()
+    times = torch.tensor([float(t) for t in digits_timesteps()])
+    gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], times)
+    gates.order.fill_(order)
+    gates.follow(schedule.T.flip(1), torch.ones_like(schedule.T))
+    lazy.set_gates(gates)
+    lazy.reset()
+    return lazy
 
-    def gates_of(branches: list[Branch]) -> Gates:
-        times = torch.tensor([float(t) for t in digits_timesteps()])
-        gates = Gates([b.name for b in branches], [b.width for b in branches], times)
-        gates.order.fill_(order)
-        gates.follow(schedule.T.flip(1), torch.ones_like(schedule.T))
-        return gates
 
-    return wrap(_digits(), (), example(), gates_of)
+@cache
+def captured() -> LazyModel:
+    return wrap(_digits(), (), example())
 
 
 def digits_timesteps() -> list[int]:
@@ -252,7 +257,7 @@ def test_outputs_in_half_precision_are_forecast_in_full() -> None:
     schedule = random_schedule(5)
     lazy = following(schedule, 2)
     expected = sample(lazy)
-    half = following(schedule, 2).to(torch.bfloat16)
+    half = wrap(_digits(), (), example(), lambda _: copy.deepcopy(lazy.gates)).to(torch.bfloat16)
     with torch.no_grad():
         found = digits_sampler(draw_noise(3).bfloat16(), torch.arange(3), STEPS)(half).float()
     assert torch.equal(half.usage.heatmap()[1].bool(), schedule)

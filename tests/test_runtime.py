@@ -28,9 +28,18 @@ def call(batch: int, timestep: int, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+@pytest.fixture(scope="module")
+def captured(digits: nn.Module) -> LazyModel:
+    return wrap(digits, (), call(2, 980))
+
+
 @pytest.fixture
-def lazy(digits: nn.Module, lively_gates: MakeGates) -> LazyModel:
-    return wrap(digits, (), call(2, 980), lively_gates)
+def lazy(captured: LazyModel, lively_gates: MakeGates) -> LazyModel:
+    """Captured once; for each test with new gates, and nothing kept."""
+    captured.set_gates(lively_gates(captured.branches))
+    captured.policy = "learned"
+    captured.reset()
+    return captured
 
 
 def trajectory(model: nn.Module, batch: int, steps: int = 12, seed: int = 0, first: int = 0) -> Tensor:

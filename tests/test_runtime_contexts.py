@@ -35,9 +35,18 @@ def output(model: nn.Module, labels: Iterable[int], timestep: int, seed: int = 0
     return result
 
 
+@pytest.fixture(scope="module")
+def captured(digits: nn.Module) -> LazyModel:
+    return wrap(digits, (), inputs([1, 2], 980, 0))
+
+
 @pytest.fixture
-def lazy(digits: nn.Module, lively_gates: MakeGates) -> LazyModel:
-    return wrap(digits, (), inputs([1, 2], 980, 0), lively_gates)
+def lazy(captured: LazyModel, lively_gates: MakeGates) -> LazyModel:
+    """Captured once; for each test with new gates, and nothing kept."""
+    captured.set_gates(lively_gates(captured.branches))
+    captured.policy = "learned"
+    captured.reset()
+    return captured
 
 
 def alone(lazy: LazyModel, labels: list[int], times: Iterable[int] = TIMES, seed: int = 0) -> list[Tensor]:

@@ -21,11 +21,11 @@ from lazycompress.compose import quantize as compose
 from lazycompress.compose.quantize import calibration, compress_weights, quantize
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
-from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
+from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
 from lazycompress.recipe import IgnoredScope, Quantize, Weights, load_recipe
 from lazycompress.runtime import LazyModel, wrap
 from tests.compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
-from tests.conftest import make_lively_gates
+from tests.conftest import make_lively_gates, two_blocks
 
 FORMATS = ["openvino", "onnx"]
 
@@ -33,13 +33,6 @@ FORMATS = ["openvino", "onnx"]
 LAYERS, BODIES, GATES = 12, 2, 4
 
 INT4 = Weights(mode="int4_sym", group_size=64, ratio=1.0, all_layers=True)
-
-
-def two_blocks() -> nn.Module:
-    """The bundled DiT without its last four blocks: trained weights, and quick to export."""
-    model: Any = load_bundled()
-    model.transformer_blocks = model.transformer_blocks[:2]
-    return model  # type: ignore[no-any-return]
 
 
 def sampler(model: Any) -> Tensor:
@@ -103,6 +96,7 @@ def test_all_matmuls_of_branches_are_in_8_bits_in_openvino(folder: Callable[[str
     assert outside[("f32", False)] == GATES, "gates stay in floating point"
 
 
+@pytest.mark.slow(seconds=30)
 def test_all_matmuls_of_branches_are_in_8_bits_in_onnx(folder: Callable[[str, str], Path]) -> None:
     found = onnx_matmuls(folder("int8", "onnx"))
     in_bodies = {key[1:]: count for key, count in found.items() if key[0] == "body"}
@@ -113,12 +107,16 @@ def test_all_matmuls_of_branches_are_in_8_bits_in_onnx(folder: Callable[[str, st
     assert outside["FLOAT"] == GATES
 
 
-def test_all_weights_of_branches_are_in_4_bits_and_others_in_8(folder: Callable[[str, str], Path]) -> None:
+@pytest.mark.slow(seconds=30)
+def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_openvino(folder: Callable[[str, str], Path]) -> None:
     found = openvino_matmuls(folder("int4", "openvino"))
     assert {key[1:]: count for key, count in found.items() if key[0] == "body"} == {("i4", False): LAYERS * BODIES}
     outside = {key[1:]: count for key, count in found.items() if key[0] == "outside"}
     assert outside[("f32", False)] == GATES, "gates stay in floating point"
     assert set(outside) == {("u8", False), ("f32", False)}
+
+
+def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_onnx(folder: Callable[[str, str], Path]) -> None:
     stored = onnx_matmuls(folder("int4", "onnx"))
     weights = {key[2]: count for key, count in stored.items() if key[0] == "body" and key[2] != "activation"}
     assert weights == {"INT4": LAYERS * BODIES}
@@ -127,7 +125,7 @@ def test_all_weights_of_branches_are_in_4_bits_and_others_in_8(folder: Callable[
     assert left["FLOAT"] == GATES
 
 
-@pytest.mark.parametrize("stage", ["int8", "int4"])
+@pytest.mark.parametrize("stage", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_weights_are_restored_once_and_not_in_each_call(stage: str, folder: Callable[[str, str], Path]) -> None:
     """ONNX Runtime computes what the main graph makes of constants alone when it loads the file, and no more then."""
     place = folder(stage, "onnx")
@@ -140,6 +138,7 @@ def test_weights_are_restored_once_and_not_in_each_call(stage: str, folder: Call
     assert not [node.name for node in loaded.graph.node if node.name.startswith("restored")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "inside", "outside"), [("int8_sym", "i8", "i8"), ("int8_asym", "u8", "u8"), ("int4_asym", "u4", "u8")]
 )
@@ -154,6 +153,7 @@ def test_other_ways_to_store_weights(mode: str, inside: str, outside: str, tmp_p
     assert {key[1] for key in found if key[0] == "outside"} == {outside, "f32"}
 
 
+@pytest.mark.slow(seconds=50)
 def test_files_are_as_small_as_their_weights(folder: Callable[[str, str], Path]) -> None:
     for format in FORMATS:
         sizes = {stage: size_of(folder(stage, format)) for stage in ("f32", "int8", "int4")}
@@ -167,8 +167,15 @@ def test_files_are_as_small_as_their_weights(folder: Callable[[str, str], Path])
 # -- what they give ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("stage", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("stage", "format"),
+    [
+        ("int8", "openvino"),
+        ("int4", "onnx"),
+        pytest.param("int8", "onnx", marks=pytest.mark.slow),
+        pytest.param("int4", "openvino", marks=pytest.mark.slow),
+    ],
+)
 def test_torch_and_file_decide_alike(
     stage: str, format: str, request: pytest.FixtureRequest, folder: Callable[[str, str], Path]
 ) -> None:
@@ -191,6 +198,7 @@ def test_torch_and_file_decide_alike(
     assert ((reused > 0) & (reused < 1)).any(), "samples of one batch decide differently"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"preset": "performance"}, {"smooth_quant_alpha": 0.5}], ids=str)
 def test_other_ways_to_quantize_are_integers_in_onnx_too(options: dict[str, Any], tmp_path: Path) -> None:
     model: Any = two_blocks()
@@ -313,6 +321,7 @@ def test_falling_back_leaves_out_the_layers_that_hurt_most() -> None:
     assert "left out as they hurt most: " in str(report)
 
 
+@pytest.mark.slow(seconds=60)
 def test_layers_outside_of_branches_are_left_out_by_measurement_too(tmp_path: Path) -> None:
     """The rows of the last projection have ranges far apart after this: 8 bits for each row's range are too few."""
     model: Any = two_blocks()
@@ -339,6 +348,7 @@ def test_layers_outside_of_branches_are_left_out_by_measurement_too(tmp_path: Pa
     assert found["outside", "f32", False] == left, "static gates multiply nothing"
 
 
+@pytest.mark.slow(seconds=60)
 def test_weights_that_hurt_stay_in_8_bits(tmp_path: Path) -> None:
     free = compress_weights(make(), sampler, INT4.model_copy(update={"max_error": 1e9}))
     assert free.error is not None
@@ -356,6 +366,7 @@ def test_weights_that_hurt_stay_in_8_bits(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow(seconds=35)
 def test_a_limit_that_nothing_keeps_is_one_line() -> None:
     with pytest.raises(LazyCompressError, match=r"with the \d+ of \d+ layers left out.*allowed are 1\.00e-12"):
         quantize(make(), sampler, Quantize(subset_size=4, max_error=1e-12, on_error="fall_back"))
@@ -369,6 +380,7 @@ def test_an_ignored_scope_takes_names_of_modules() -> None:
 # -- whole recipes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(seconds=80)
 @pytest.mark.parametrize("recipe", ["lazy_dit_int8.yaml", "lazy_dit_int4.yaml", "lazy_dit_pruned_int8.yaml"])
 def test_shipped_recipes_run_and_export_to_both_formats(recipe: str, tmp_path: Path) -> None:
     model: Any = two_blocks()

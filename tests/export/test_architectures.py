@@ -26,6 +26,9 @@ SPECIMENS = {
     s.name: s for s in [*diffusers_image.SPECIMENS, *diffusers_video.SPECIMENS] if s.name in ("dit", "sd3", "wan")
 }
 
+#: Each architecture and each kind of gates once; the others are marked slow.
+QUICK = [("dit", lively), ("sd3", alike), ("wan", alike)]
+
 
 def timesteps(specimen: Specimen, model: nn.Module) -> tuple[str, torch.Tensor]:
     """The timestep's name, and 50 of them over the range that the specimen's own steps have."""
@@ -36,7 +39,14 @@ def timesteps(specimen: Specimen, model: nn.Module) -> tuple[str, torch.Tensor]:
     return calls[0].leaves[position].name, times
 
 
-@pytest.fixture(scope="module", params=[(name, gates) for name in SPECIMENS for gates in (lively, alike)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((name, gates), marks=[] if (name, gates) in QUICK else pytest.mark.slow(seconds=30))
+        for name in SPECIMENS
+        for gates in (lively, alike)
+    ],
+)
 def wrapped(request: pytest.FixtureRequest) -> tuple[LazyModel, dict[str, Any], str, torch.Tensor]:
     specimen = SPECIMENS[request.param[0]]
     model = specimen.build()

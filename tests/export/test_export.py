@@ -26,23 +26,29 @@ from lazycompress.export.check import start as start_runner
 from lazycompress.export.check import verify
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
-from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise, load_bundled
+from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
 from lazycompress.runtime import LazyModel, wrap
-from tests.conftest import make_lively_gates
-from tests.export_models import lively, small_dit, small_inputs
+from tests.conftest import make_lively_gates, two_blocks
+from tests.export_models import lively, small_dit, small_inputs, small_lazy
 
 BATCH = 4
+INPUTS = {
+    "hidden_states": torch.randn(2, 1, 8, 8),
+    "timestep": torch.tensor([980, 980]),
+    "class_labels": torch.tensor([1, 2]),
+}
 
 
 @pytest.fixture(scope="module")
 def lazy() -> LazyModel:
-    """The bundled DiT with lively gates."""
-    inputs = {
-        "hidden_states": torch.randn(2, 1, 8, 8),
-        "timestep": torch.tensor([980, 980]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    return wrap(load_bundled(), (), inputs, make_lively_gates)
+    """Two blocks of the bundled DiT with lively gates."""
+    return wrap(two_blocks(), (), INPUTS, make_lively_gates)
+
+
+@pytest.fixture(scope="module")
+def small() -> LazyModel:
+    """The quickest to export."""
+    return small_lazy()
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +75,20 @@ def images(model: Callable[..., object], seed: int, batch: int = BATCH, steps: i
 
 
 def test_decisions_and_outputs_equal_torch_over_fifty_steps(lazy: LazyModel, start: Callable[[], Any]) -> None:
+    fifty_steps(lazy, start())
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_the_whole_bundled_model_equals_torch_over_fifty_steps(format: str, digits: nn.Module, tmp_path: Path) -> None:
+    lazy = wrap(digits, (), INPUTS, make_lively_gates)
+    folder = lazycompress.export(lazy, tmp_path / "out", format=format, telemetry=True)
+    fifty_steps(lazy, OpenVINORunner(folder) if format == "openvino" else OnnxRunner(folder))
+
+
+def fifty_steps(lazy: LazyModel, runner: Any) -> None:
+    """A file is given what a sampling loop in torch gives the model: the same outputs, and the same decisions."""
     lazy.reset()
-    runner = start()
     scheduler = build_scheduler()
     scheduler.set_timesteps(50)
     labels = torch.arange(BATCH)
@@ -139,8 +157,9 @@ def test_the_file_holds_ifs_and_state_and_the_originals_names(lazy: LazyModel, o
     assert "ScaledDotProductAttention" not in outer, "attention runs inside the branches only"
 
 
-def test_without_telemetry_there_is_only_the_originals_output(lazy: LazyModel, tmp_path: Path) -> None:
-    folder = lazycompress.export(lazy, tmp_path / "plain")
+@pytest.mark.slow
+def test_without_telemetry_there_is_only_the_originals_output(small: LazyModel, tmp_path: Path) -> None:
+    folder = lazycompress.export(small, tmp_path / "plain")
     model = ov.Core().read_model(folder / "openvino_model.xml")
     assert [port.get_names() for port in model.outputs] == [{"sample"}]
 
@@ -179,7 +198,8 @@ def test_an_unwritable_place_is_one_line_and_leaves_nothing(lazy: LazyModel, tmp
             lazycompress.export(lazy, tmp_path / "out")
 
 
-def test_a_failed_export_leaves_no_folder(lazy: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_a_failed_export_leaves_no_folder(small: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lazycompress.export import openvino
 
     def fail(*_: object) -> None:
@@ -187,7 +207,7 @@ def test_a_failed_export_leaves_no_folder(lazy: LazyModel, tmp_path: Path, monke
 
     monkeypatch.setattr(openvino, "write", fail)
     with pytest.raises(RuntimeError):
-        lazycompress.export(lazy, tmp_path / "out")
+        lazycompress.export(small, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,6 +223,7 @@ class Eigenvalues(nn.Module):
         return sample + torch.linalg.eigvalsh(sample).mean()
 
 
+@pytest.mark.slow
 def test_a_conversion_that_fails_leaves_logging_as_it_was(tmp_path: Path) -> None:
     lazy = wrap(Eigenvalues(), (), small_inputs(2, 900), lively(torch.arange(1000)))
     before = logging.root.level, list(logging.root.filters), list(logging.root.handlers)
@@ -223,6 +244,7 @@ lazycompress.export(lazy, sys.argv[1], format=sys.argv[2], telemetry=True)
 """
 
 
+@pytest.mark.slow(seconds=120)
 @pytest.mark.parametrize("format", ["openvino", "onnx"])
 def test_a_killed_export_leaves_no_folder_that_loads(format: str, tmp_path: Path) -> None:
     """Killed as soon as each further file is there, until an export gets through."""
@@ -290,9 +312,9 @@ def test_the_onnx_file_checks_and_runs_in_openvino_too(lazy: LazyModel, onnx_fol
         torch.testing.assert_close(torch.from_numpy(found), lazy(**inputs).sample, rtol=0, atol=1e-4)
 
 
-def test_saved_gates_load_into_an_equal_model(digits: nn.Module, lazy: LazyModel, tmp_path: Path) -> None:
+def test_saved_gates_load_into_an_equal_model(short: nn.Module, lazy: LazyModel, tmp_path: Path) -> None:
     lazycompress.save(lazy, tmp_path / "gates")
-    loaded = lazycompress.load(digits, tmp_path / "gates")
+    loaded = lazycompress.load(short, tmp_path / "gates")
     lazy.reset()
     assert torch.equal(images(loaded, 3, steps=8), images(lazy, 3, steps=8))
     assert torch.equal(loaded.usage.heatmap()[1], lazy.usage.heatmap()[1])

@@ -28,6 +28,7 @@ from lazycompress.runtime import LazyModel, wrap
 from tests.export_models import Reference, alike, small_dit, small_inputs, small_lazy
 
 TIMES = list(range(980, -1, -20))
+SLOW = pytest.mark.slow(seconds=15)
 
 #: What may happen next: kind, and numbers to choose with.
 events = st.lists(
@@ -105,9 +106,19 @@ def steady() -> LazyModel:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    return lambda lazy, **options: lazycompress.export(
-        lazy, tmp_path_factory.mktemp("state") / "out", telemetry=True, **options
-    )
+    """Exports a model once with the same options."""
+    done: dict[Any, Path] = {}
+
+    def export(
+        lazy: LazyModel, format: str = "openvino", stateful: bool = True, decide: Granularity = "sample"
+    ) -> Path:
+        key = lazy, format, stateful, decide
+        if key not in done:
+            out = tmp_path_factory.mktemp("state") / "out"
+            done[key] = lazycompress.export(lazy, out, format, telemetry=True, stateful=stateful, decide=decide)
+        return done[key]
+
+    return export
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +204,15 @@ def together() -> LazyModel:
     return wrap(small_dit(), (), small_inputs(2, 980), alike(torch.tensor(TIMES).float()))
 
 
-@pytest.fixture(scope="module", params=["openvino", "openvino bf16", "openvino explicit", "onnx"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "openvino",
+        pytest.param("openvino bf16", marks=SLOW),
+        pytest.param("openvino explicit", marks=SLOW),
+        pytest.param("onnx", marks=SLOW),
+    ],
+)
 def together_file(
     request: pytest.FixtureRequest, together: LazyModel, export: Callable[..., Path]
 ) -> tuple[Callable[[], File], float]:
@@ -241,6 +260,7 @@ def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel
     assert 0.2 < float(outputs[1].mean()) < 0.8
 
 
+@pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("gates", ["together", "steady"])
 def test_forecasts_lose_no_digits_under_a_bf16_hint(
     gates: str, request: pytest.FixtureRequest, export: Callable[..., Path]
@@ -280,6 +300,7 @@ def test_what_is_kept_has_the_shape_of_its_state(
         assert sink.get_input_partial_shape(0) == shapes[sink.get_variable_id()], sink.get_variable_id()
 
 
+@pytest.mark.slow(seconds=30)
 def test_a_file_of_one_branch_that_cannot_be_made_has_a_branch_for_each_gate(
     together: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -311,7 +332,7 @@ def test_any_sequence_of_calls_equals_torch_with_explicit_caches(
     play(Runner(explicit_runner.twin()), lazy, sequence, 1e-4)
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnx"])
+@pytest.fixture(scope="module", params=["openvino", pytest.param("onnx", marks=SLOW)])
 def whole_batch_runner(request: pytest.FixtureRequest, lazy: LazyModel, export: Callable[..., Path]) -> Any:
     folder = export(lazy, format=request.param, decide="batch")
     return OpenVINORunner(folder) if request.param == "openvino" else OnnxRunner(folder)

@@ -12,6 +12,13 @@ EXACT, HALF, BATCH, RESIZED = 1e-6, 1e-2, 2e-5, 1e-6
 TABLE = committed()
 ALL = {specimen.name: specimen for specimen in specimens()}
 
+#: Each kind of architecture once; all others are marked slow, with about as many seconds as they take.
+QUICK = {
+    "dit", "pixart", "sd3", "flux", "sana", "wan", "stable_audio", "dit-adaln-zero", "softmax-by-hand", "post-norm",
+    "parallel-fused", "swiglu", "moe-masked", "conv-mlp", "next-dit", "u-vit", "shared-block", "bfloat16", "windows",
+}  # fmt: skip
+SECONDS = {"hidream": 135, "hidream_dense": 110, "lumina2": 245, "chroma": 42, "zimage": 40}
+
 #: What is known to be wrong, and why. A model that comes right must be taken off this list.
 KNOWN = {}
 
@@ -20,6 +27,8 @@ def cases() -> list[object]:
     marked = []
     for name, specimen in ALL.items():
         marks = [pytest.mark.xfail(reason=KNOWN[name], strict=True)] if name in KNOWN else []
+        if name not in QUICK:
+            marks.append(pytest.mark.slow(seconds=SECONDS.get(name, 3 if specimen.family == "style" else 10)))
         marked.append(pytest.param(specimen, id=name, marks=marks))
     return marked
 
@@ -27,7 +36,7 @@ def cases() -> list[object]:
 def test_table_has_every_model() -> None:
     assert list(TABLE) == list(ALL)
     assert sum(specimen.family != "style" for specimen in ALL.values()) >= 30
-    assert set(KNOWN) <= set(ALL)
+    assert {*KNOWN, *QUICK, *SECONDS} <= set(ALL)
 
 
 @pytest.mark.parametrize("specimen", cases())

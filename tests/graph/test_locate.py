@@ -94,6 +94,7 @@ def check_drawing(text: str, branches: Branches) -> None:
     assert all(b - a >= 16 for a, b in pairwise(gaps))
 
 
+@pytest.mark.slow(seconds=40)
 def test_a_model_of_57_blocks_on_the_meta_device() -> None:
     branches = lazycompress.locate(*large_model())
     assert Counter(branch.kind for branch in branches) == {"joint-attention": 19, "mlp": 38, "parallel": 38}

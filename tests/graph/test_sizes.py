@@ -29,6 +29,7 @@ ZOO = {specimen.name: specimen for specimen in specimens()}
 
 #: Resolution, frames, text, rotary embedding made inside or passed in, masks.
 NAMES = ["sd3", "flux", "wan", "next-dit"]
+SOME_SLOW = [name if name in ("sd3", "next-dit") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 class Picture(nn.Module):
@@ -79,7 +80,7 @@ def picture() -> LazyModel:
     return wrap(built(Picture)(), (), drawing(), lively(TIMES, order=2))
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnx", "explicit"])
+@pytest.fixture(scope="module", params=["openvino", "onnx", pytest.param("explicit", marks=pytest.mark.slow)])
 def runner(request: pytest.FixtureRequest, picture: LazyModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sizes") / "out"
     format = "onnx" if request.param == "onnx" else "openvino"
@@ -110,6 +111,7 @@ def test_channels_and_the_ends_of_sizes_are_refused(runner: Any) -> None:
         runner(**{**call, "text": call["text"][:, :, 1:]})
 
 
+@pytest.mark.slow(seconds=40)
 def test_a_file_that_cannot_take_other_sizes_takes_those_of_the_example(
     picture: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,7 +170,7 @@ def make(specimen: Specimen, order: int = 1, spread: float = 0.3) -> LazyModel:
     return wrap(model, (), specimen.inputs(2, 0), lively(times, spread, order))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_one_capture_runs_other_sizes(name: str, caplog: pytest.LogCaptureFixture) -> None:
     specimen = ZOO[name]
     lazy = make(specimen)
@@ -195,7 +197,7 @@ def test_one_capture_runs_other_sizes(name: str, caplog: pytest.LogCaptureFixtur
     assert not [record for record in caplog.records if "captures" in record.getMessage()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_the_branches_are_those_of_a_capture_of_fixed_size(name: str) -> None:
     model = ZOO[name].build()
     call = take_apart(model, (), ZOO[name].inputs(2, 0))

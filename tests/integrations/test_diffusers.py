@@ -26,6 +26,11 @@ from tests.pipelines import PIPELINES, make_dit, make_wan
 STEPS = 6
 
 
+def some_slow(*quick: str) -> list[object]:
+    """Every pipeline, marked slow where it is not named: another architecture for each question is enough at first."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow(seconds=15)) for name in PIPELINES]
+
+
 def sample(pipe: Any, call: dict[str, Any], steps: int = STEPS, seed: int = 0, **more: Any) -> np.ndarray:
     torch.manual_seed(seed)
     images: np.ndarray = pipe(**call, num_inference_steps=steps, output_type="np", **more)[0]
@@ -43,7 +48,7 @@ def make_lazy(name: str, train: bool = False, **recipe: Any) -> tuple[Any, np.nd
     return pipe, dense
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", some_slow("dit", "sd3", "flux", "wan"))
 def test_compute_equals_dense_and_reuse_skips(name: str) -> None:
     pipe, dense = make_lazy(name)
     specimen = PIPELINES[name]
@@ -79,7 +84,7 @@ def test_compute_equals_dense_and_reuse_skips(name: str) -> None:
     assert np.array_equal(sample(pipe, specimen.call), dense)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", some_slow("pixart", "sana"))
 def test_learned_gates_skip_and_stay_closer_than_reuse_everywhere(name: str) -> None:
     pipe, dense = make_lazy(name, train=True)
     specimen = PIPELINES[name]
@@ -94,7 +99,7 @@ def test_learned_gates_skip_and_stay_closer_than_reuse_everywhere(name: str) -> 
     assert np.square(learned - dense).mean() < np.square(sample(pipe, specimen.call) - dense).mean()
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("wan", marks=pytest.mark.slow)])
 def test_a_batch_of_prompts_equals_single_ones(name: str) -> None:
     pipe, _ = make_lazy(name, train=True)
     call = PIPELINES[name].call
@@ -115,6 +120,7 @@ def test_a_batch_of_prompts_equals_single_ones(name: str) -> None:
     assert np.abs(together - singles).max() < 1e-4
 
 
+@pytest.mark.slow(seconds=30)
 def test_two_denoisers_are_both_made_lazy() -> None:
     call = {**PIPELINES["wan"].call, "num_inference_steps": STEPS}
     pipe = make_wan()
@@ -218,7 +224,13 @@ def test_offloading_moves_it_in_and_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "format"), [("dit", "openvino"), ("dit", "onnx"), ("pixart", "openvino"), ("sd3", "onnx")]
+    ("name", "format"),
+    [
+        ("dit", "openvino"),
+        pytest.param("dit", "onnx", marks=pytest.mark.slow(seconds=30)),
+        pytest.param("pixart", "openvino", marks=pytest.mark.slow(seconds=40)),
+        pytest.param("sd3", "onnx", marks=pytest.mark.slow(seconds=40)),
+    ],
 )
 def test_an_exported_pipeline_gives_the_lazy_images(name: str, format: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino" if format == "openvino" else "onnxruntime")
@@ -242,6 +254,7 @@ def test_an_exported_pipeline_gives_the_lazy_images(name: str, format: str, tmp_
         export_pipeline(pipe, tmp_path / "out", format)
 
 
+@pytest.mark.slow(seconds=40)
 def test_calls_in_turns_have_a_state_each_in_a_file(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     pipe, _ = make_lazy("wan", train=True)

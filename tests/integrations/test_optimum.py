@@ -23,6 +23,7 @@ from lazycompress import LazyCompressError
 from lazycompress.cli import main
 from lazycompress.export.check import verify
 from lazycompress.integrations.diffusers import export_folder, export_pipeline, optimum_knows, summary
+from tests.export_models import small_dit
 from tests.pipelines import PIPELINES
 
 STEPS = 6
@@ -71,6 +72,7 @@ def one_call_a_step(call: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in call.items() if key not in ("negative_prompt", "true_cfg_scale")}
 
 
+@pytest.mark.slow(seconds=150)
 @pytest.mark.parametrize("name", ["sd3", "sana", "flux"])
 def test_optimum_intel_runs_the_folder_unmodified(name: str, tmp_path: Path) -> None:
     specimen = PIPELINES[name]
@@ -140,10 +142,10 @@ def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path, capsys: pytest
 
 
 def test_a_single_model_is_exported_alone(tmp_path: Path) -> None:
-    from lazycompress.integrations.digits.model import WEIGHTS_DIR
-
+    model: Any = small_dit()
+    model.save_pretrained(tmp_path / "model")
     quick = {"train.enabled": False, "sampling.batch": 2, "sampling.steps": 4}
-    out = export_folder(WEIGHTS_DIR, "digits_dit.yaml", tmp_path / "out", overrides=quick, progress=False)
+    out = export_folder(tmp_path / "model", "digits_dit.yaml", tmp_path / "out", overrides=quick, progress=False)
     assert (out / "openvino_model.xml").is_file()
 
 

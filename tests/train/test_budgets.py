@@ -84,7 +84,9 @@ def ratio_of(lazy: LazyModel, kind: str, reused: Tensor) -> float:
     return 1.0 - float((reused[:, chosen] * macs).sum(dim=1).mean() / macs.sum())
 
 
-@pytest.mark.parametrize("kinds", [{"attention": 0.8}, {"mlp": 0.4, "attention": 0.65}])
+@pytest.mark.parametrize(
+    "kinds", [{"attention": 0.8}, pytest.param({"mlp": 0.4, "attention": 0.65}, marks=pytest.mark.slow)]
+)
 def test_kinds_keep_shares_of_their_own_and_the_rest_meets_the_target(
     digits: nn.Module, kinds: dict[str, float]
 ) -> None:
@@ -97,8 +99,8 @@ def test_kinds_keep_shares_of_their_own_and_the_rest_meets_the_target(
         assert lazy.summary().macs_ratio >= 0.5 - 0.04
 
 
-def test_without_kinds_all_branches_share_one_budget(digits: nn.Module) -> None:
-    lazy = learn(digits, train__enabled=False)
+def test_without_kinds_all_branches_share_one_budget(short: nn.Module) -> None:
+    lazy = learn(short, train__enabled=False)
     budget = Budget.of(lazy.branches, 0.5, {})
     assert [portion.name for portion in budget.groups] == ["all branches"]
     assert budget.groups[0].share == pytest.approx(0.5)
@@ -124,9 +126,9 @@ def test_without_kinds_all_branches_share_one_budget(digits: nn.Module) -> None:
         ({"train.latents": "x.npz"}, r"train\.latents needs train\.method: paper"),
     ],
 )
-def test_what_cannot_be_is_one_line(digits: nn.Module, overrides: dict[str, object], expected: str) -> None:
+def test_what_cannot_be_is_one_line(short: nn.Module, overrides: dict[str, object], expected: str) -> None:
     with pytest.raises(LazyCompressError, match=expected) as caught:
-        lazycompress.apply(digits, "digits_dit.yaml", overrides={**QUICK, **overrides}, progress=False)
+        lazycompress.apply(short, "digits_dit.yaml", overrides={**QUICK, **overrides}, progress=False)
     assert "\n" not in str(caught.value)
 
 
@@ -189,17 +191,18 @@ def test_a_static_schedule_is_what_most_samples_did_and_says_what_it_costs(dynam
         dynamic.set_gates(trained)
 
 
-def test_a_recipe_with_a_static_schedule_freezes_the_papers_gates(digits: nn.Module) -> None:
+@pytest.mark.slow
+def test_a_recipe_with_a_static_schedule_freezes_the_papers_gates(short: nn.Module) -> None:
     overrides = {**PAPER, "train.effort": 0.02, "schedule": "static", "target": 0.7}
-    lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
+    lazy = lazycompress.apply(short, "digits_dit.yaml", overrides=overrides, progress=False)
     assert int(lazy.gates.static)
     assert lazy.training_report.unfrozen is not None
     assert len(lazy.gates.frontier) == 1
 
 
-def test_the_blend_takes_its_caches_from_the_step_before(digits: nn.Module) -> None:
+def test_the_blend_takes_its_caches_from_the_step_before(short: nn.Module) -> None:
     """A score of one half everywhere: the output differs from the dense one, or the caches are not old."""
-    lazy = learn(digits, train__enabled=False)
+    lazy = learn(short, train__enabled=False)
     with torch.no_grad():
         lazy.gates.bias.zero_()
     generator = torch.Generator().manual_seed(0)
@@ -245,9 +248,9 @@ def images(tmp_path: Path) -> Path:
     ],
 )
 def test_pairs_of_calls_from_real_images_are_one_step_apart(
-    digits: nn.Module, images: Path, scheduler: str, config: dict[str, Any]
+    short: nn.Module, images: Path, scheduler: str, config: dict[str, Any]
 ) -> None:
-    lazy = learn(digits, train__enabled=False)
+    lazy = learn(short, train__enabled=False)
     assert lazy.recipe is not None
     changed = {"sampling.scheduler": scheduler, "sampling.scheduler_config": config, "sampling.batch": 6}
     sampling = load_recipe(lazy.recipe, changed).sampling
@@ -274,10 +277,11 @@ def test_pairs_of_calls_from_real_images_are_one_step_apart(
     )
 
 
-def test_the_papers_gates_learn_from_real_images(digits: nn.Module, images: Path) -> None:
+@pytest.mark.slow
+def test_the_papers_gates_learn_from_real_images(short: nn.Module, images: Path) -> None:
     def weights(**more: Any) -> Tensor:
         overrides = {**PAPER, "train.effort": 0.01, **more}
-        lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
+        lazy = lazycompress.apply(short, "digits_dit.yaml", overrides=overrides, progress=False)
         return torch.cat([weight.detach() for weight in lazy.gates.weights])
 
     from_npz = weights(**{"train.latents": str(images.with_suffix(".npz"))})
@@ -296,14 +300,14 @@ def test_the_papers_gates_learn_from_real_images(digits: nn.Module, images: Path
     ],
 )
 def test_a_file_of_images_that_does_not_fit_is_one_line(
-    digits: nn.Module, tmp_path: Path, tensors: dict[str, Tensor] | None, expected: str
+    short: nn.Module, tmp_path: Path, tensors: dict[str, Tensor] | None, expected: str
 ) -> None:
     path = tmp_path / "images.safetensors"
     if tensors is not None:
         save_file(tensors, path)
     overrides = {**PAPER, "train.latents": str(path)}
     with pytest.raises(LazyCompressError, match=expected) as caught:
-        lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
+        lazycompress.apply(short, "digits_dit.yaml", overrides=overrides, progress=False)
     assert "\n" not in str(caught.value)
 
 

@@ -27,6 +27,7 @@ from lazycompress.train.checkpoint import Checkpoint, fingerprint
 from lazycompress.train.distributed import Group
 from lazycompress.train.memory import bytes_of_a_call, check_memory, training_mode
 from lazycompress.train.trajectory import linearise
+from tests.conftest import two_blocks
 
 QUICK = {"train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "train.effort": 0.06}
@@ -57,7 +58,7 @@ class CutOff(BaseException):
     """Like a kill: nothing handles it."""
 
 
-@pytest.mark.parametrize("made", [3, 9])
+@pytest.mark.parametrize("made", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
     digits: nn.Module, whole: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: int
 ) -> None:
@@ -93,8 +94,9 @@ def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
     assert left == runs_of_whole - made
 
 
+@pytest.mark.slow(seconds=25)
 def test_the_papers_training_goes_on_after_its_last_updates(
-    digits: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lazycompress.train import paper
 
@@ -109,18 +111,19 @@ def test_the_papers_training_goes_on_after_its_last_updates(
         return original(*args)
 
     monkeypatch.setattr(paper, "_distance", counting)
-    whole = learn(digits, PAPER)
+    whole = learn(short, PAPER)
     assert updates[0] == 30
     kept = {**PAPER, "train.checkpoint": str(tmp_path / "kept")}
     updates[0], most[0] = 0, 25
     with pytest.raises(CutOff):
-        learn(digits, kept)
+        learn(short, kept)
     updates[0], most[0] = 0, 10**6
-    resumed = learn(digits, kept)
+    resumed = learn(short, kept)
     assert updates[0] == 10
     same_gates(whole, resumed)
 
 
+@pytest.mark.slow(seconds=30)
 def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gates = tmp_path / "gates"
     settings = {"train.effort": 0.5, "sampling.steps": 8, "sampling.batch": 8}
@@ -177,12 +180,12 @@ def test_without_resume_the_command_line_begins_anew(tmp_path: Path, capsys: pyt
     ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused(
-    digits: nn.Module, tmp_path: Path, change: dict[str, Any], expected: str
+    short: nn.Module, tmp_path: Path, change: dict[str, Any], expected: str
 ) -> None:
     kept = {**QUICK, "train.checkpoint": str(tmp_path / "kept")}
-    _checkpoint_of(digits, kept)
+    _checkpoint_of(short, kept)
     with pytest.raises(LazyCompressError, match=expected) as caught:
-        learn(digits, {**kept, **change})
+        learn(short, {**kept, **change})
     assert "\n" not in str(caught.value)
     learn_export = load_recipe("digits_dit.yaml", {**kept, "export.format": "onnx"})
     assert learn_export.export.format == "onnx"
@@ -200,12 +203,12 @@ def _checkpoint_of(digits: nn.Module, overrides: dict[str, Any]) -> None:
     Checkpoint(recipe.train.checkpoint, about(lazy, recipe, calls[0]))
 
 
-def test_a_checkpoint_of_another_model_is_refused(digits: nn.Module, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(short: nn.Module, tmp_path: Path) -> None:
     kept = {**QUICK, "train.checkpoint": str(tmp_path / "kept")}
-    _checkpoint_of(digits, kept)
-    other = load_bundled()
+    _checkpoint_of(short, kept)
+    other = two_blocks()
     with torch.no_grad():
-        next(p for name, p in other.named_parameters() if "transformer_blocks.3" in name).add_(0.01)
+        next(p for name, p in other.named_parameters() if "transformer_blocks.1" in name).add_(0.01)
     with pytest.raises(LazyCompressError, match="the model is another one"):
         learn(other, kept)
 
@@ -229,8 +232,8 @@ def test_what_was_kept_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest
     assert checkpoint.get("a")["n"] == 1.5
 
 
-def test_the_fingerprint_of_a_model_is_its_own(digits: nn.Module) -> None:
-    one, two = (learn(digits, {**QUICK, "train.enabled": False}) for _ in range(2))
+def test_the_fingerprint_of_a_model_is_its_own(short: nn.Module) -> None:
+    one, two = (learn(short, {**QUICK, "train.enabled": False}) for _ in range(2))
     assert fingerprint(one) == fingerprint(two)
 
 
@@ -273,6 +276,7 @@ if group.main:
 """
 
 
+@pytest.mark.slow(seconds=60)
 def test_two_processes_learn_what_one_does(digits: nn.Module, whole: LazyModel, tmp_path: Path) -> None:
     settings = {"loop": QUICK, "paper": {**PAPER, "train.effort": 0.02}}
     script = tmp_path / "train.py"
@@ -363,6 +367,7 @@ def test_autocast_runs_in_half_precision_and_finds_nearly_the_same(lazy: LazyMod
     assert float(torch.corrcoef(both)[0, 1]) > 0.99
 
 
+@pytest.mark.slow(seconds=30)
 def test_learning_in_less_memory_meets_the_target(digits: nn.Module, whole: LazyModel) -> None:
     small = learn(digits, {**QUICK, "train.precision": "bfloat16", "train.checkpointing": True})
     assert small.training_report.macs_ratio <= 0.5
@@ -432,9 +437,9 @@ def test_the_machine_says_what_is_free() -> None:
     ],
 )
 def test_the_progress_bar_counts_to_its_end_and_shows_error_reuse_and_time_left(
-    digits: nn.Module, capsys: pytest.CaptureFixture[str], overrides: dict[str, Any], parts: tuple[str, ...]
+    short: nn.Module, capsys: pytest.CaptureFixture[str], overrides: dict[str, Any], parts: tuple[str, ...]
 ) -> None:
-    lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides)
+    lazycompress.apply(short, "digits_dit.yaml", overrides=overrides)
     last = capsys.readouterr().err.replace("\n", "\r").strip("\r").split("\r")[-1]
     assert "100%" in last
     done, total = last.split("| ")[1].split(" ")[0].split("/")
@@ -442,5 +447,5 @@ def test_the_progress_bar_counts_to_its_end_and_shows_error_reuse_and_time_left(
     assert "<00:00" in last
     for part in parts:
         assert part in last or part.replace("/s", "") in last
-    lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
+    lazycompress.apply(short, "digits_dit.yaml", overrides=overrides, progress=False)
     assert "learning" not in capsys.readouterr().err
