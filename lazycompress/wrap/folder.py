@@ -57,7 +57,7 @@ class Options:
             InputError: they are no denoiser's, or a plan that no file can follow.
         """
         roles = find_roles(inputs, outputs, self.timestep_input, self.moving)
-        return Controller(Timetable.of(self.plan), self.plan.order + 1, self.streams, roles, tuple(outputs))
+        return Controller(Timetable.of(self.plan), self.plan.order, self.streams, roles, tuple(outputs))
 
 
 def wrap(
@@ -83,7 +83,7 @@ def wrap(
             files as hard links, where the file system has them.
         timestep_input: the timestep's name; None: found by its name.
         moving: inputs that change within an image (a ControlNet's residuals), and so do not tell images apart.
-        streams: images, or passes of guidance in calls of their own, that may take turns; each costs `order + 2` outputs of memory.
+        streams: images, or passes of guidance in calls of their own, that may take turns.
         overwrite: replace an export in `out`.
 
     Returns:
@@ -168,7 +168,7 @@ def _denoisers(source: Path, options: Options) -> list[Path]:
                 raise InputError(f"{found[0].parent} holds several denoisers: name one of {', '.join(map(str, found))}")
             return found
     raise InputError(
-        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and timestep_input"
+        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and its timestep_input"
     )
 
 

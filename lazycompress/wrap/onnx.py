@@ -1,7 +1,7 @@
 """Wraps an ONNX model: the denoiser becomes the body of an `If`, what it keeps from call to call inputs and outputs.
 
-`past_*` inputs hold the state before a call, `present_*` outputs that after it, to be handed to the next call. A past that is left
-out is of no image: the file holds it as a default. Weights stay where they are, in the outer graph and in their
+`past_*` inputs hold the state before a call, `present_*` outputs that after it, to be handed to the next call. A past that
+is left out is of no image: the file holds it as a default. Weights stay where they are, in the outer graph and in their
 files: a body sees them.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, InputError, MissingExtraError
-from .controller import Controller, State
+from .controller import Controller, State, sizes_or
 from .ports import Port
 from .symbols import Body, Symbol
 
@@ -135,42 +135,30 @@ def wrapped(model: onnx.ModelProto, controller: Controller) -> onnx.ModelProto:
         made = {name for node in old.node for name in node.output}
         return [Symbol(graph, renamed[i.name] if i.name in made else i.name) for i in old.output]
 
-    states = _states(controller)
-    past = [Symbol(graph, f"past_{name}") for name, _, _ in states]
+    states = controller.shapes()
+    past = [Symbol(graph, f"past_{name}") for name in states]
     own, _ = ports(model)
     outputs, after = controller.write(
         {port.name: Symbol(graph, port.name) for port in own}, State(past[0], past[1], tuple(past[2:])), dense
     )
     handles = [value.handle for value in (*outputs, after.clock, after.latents, *after.outputs)]
-    names = [info.name for info in old.output] + [f"present_{name}" for name, _, _ in states]
+    names = [info.name for info in old.output] + [f"present_{name}" for name in states]
     final = dict(zip(handles, names, strict=True))
     del found.graph.node[:], found.graph.value_info[:]
     found.graph.node.extend(_renamed(node, final) for node in graph.nodes)
     found.graph.initializer.extend(graph.constants)
-    for name, shape, start in states:
-        found.graph.input.append(_info(f"past_{name}", ["past_" + d if isinstance(d, str) else d for d in shape]))
+    for name, shape in states.items():
+        found.graph.input.append(_info(f"past_{name}", shape))
         found.graph.output.append(_info(f"present_{name}", shape))
-        found.graph.initializer.append(numpy_helper.from_array(np.zeros(start, np.float32), f"past_{name}"))
+        found.graph.initializer.append(
+            numpy_helper.from_array(np.zeros(sizes_or(shape, 1), np.float32), f"past_{name}")
+        )
     return found
 
 
-def _states(controller: Controller) -> list[tuple[str, list[int | str], list[int]]]:
-    """Names of states, their sizes (a name: any), and those before the first call."""
-    latents = controller.roles.latents.shape
-    batch: int | str = "batch" if latents[0] is None else latents[0]
-    values: int | str = "values" if None in latents[1:] else int(np.prod([s for s in latents[1:] if s is not None]))
-    streams = controller.streams
-    found: list[tuple[str, list[int | str]]] = [
-        ("clock", [batch, streams, controller.columns]), ("latents", [batch, streams, values])
-    ]  # fmt: skip
-    for k, port in enumerate(controller.outputs):
-        sizes = [f"size_{k}_{d}" if size is None else size for d, size in enumerate(port.shape)]
-        found.append((f"output_{k}", [sizes[0], streams, controller.depth, *sizes[1:]]))
-    return [(name, shape, [1 if isinstance(size, str) else size for size in shape]) for name, shape in found]
-
-
-def _info(name: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+def _info(name: str, shape: Sequence[int | None]) -> onnx.ValueInfoProto:
+    sizes = [f"{name}_size_{k}" if size is None else size for k, size in enumerate(shape)]
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes)
 
 
 def _renamed(node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:

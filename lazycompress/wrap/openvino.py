@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, InputError, MissingExtraError
-from .controller import Controller, State
+from .controller import Controller, State, sizes_or
 from .ports import Port
 from .symbols import Body, Symbol
 
@@ -58,6 +58,9 @@ _NODES: dict[str, Callable[..., Any]] = {
     "Gather": lambda x, positions, axis: ops.gather(x, positions, ops.constant(np.int64(axis))),
     "Range": lambda start, stop, step: ops.range(start, stop, step, "i64"),
     "Concat": lambda *parts, axis: ops.concat(list(parts), axis),
+    "Slice": lambda x, start, stop, axes: ops.slice(x, start, stop, ops.constant(np.array([1])), axes),
+    "MatMul": lambda x, y: ops.matmul(x, y, False, False),
+    "Transpose": lambda x, perm: ops.transpose(x, ops.constant(np.array(perm))),
     "Identity": lambda x: x,
 }
 
@@ -150,10 +153,8 @@ def wrapped(model: ov.Model, controller: Controller) -> ov.Model:
                 target.replace_source_output(inner.handle)
         return [Symbol(graph, result.input_value(0)) for result in results]
 
-    before = {name: _read(graph, name, shape, start) for name, shape, start in _states(controller)}
-    state = State(
-        before["clock"], before["latents"], tuple(v for n, v in before.items() if n not in ("clock", "latents"))
-    )
+    before = [_read(graph, name, shape) for name, shape in controller.shapes().items()]
+    state = State(before[0], before[1], tuple(before[2:]))
     for value in given:
         value.get_tensor().set_names(set())
     outputs, after = controller.write(inputs, state, dense)
@@ -162,7 +163,7 @@ def wrapped(model: ov.Model, controller: Controller) -> ov.Model:
         result.input(0).replace_source_output(typed)
         typed.get_tensor().set_names(tensor_names)
     sinks = []
-    for name, value in zip(before, (after.clock, after.latents, *after.outputs), strict=True):
+    for name, value in zip(controller.shapes(), (after.clock, after.latents, *after.outputs), strict=True):
         # An Assign reads a node's only output.
         own = value.handle if value.handle.get_node().get_output_size() == 1 else _copy(value).handle
         sinks.append(ops.assign(own.get_node(), f"{PREFIX}{name}"))
@@ -173,22 +174,9 @@ def wrapped(model: ov.Model, controller: Controller) -> ov.Model:
     return found
 
 
-def _states(controller: Controller) -> list[tuple[str, list[int], list[int]]]:
-    """Names of states, their sizes (-1: any), and those before the first call."""
-    latents = controller.roles.latents.shape
-    batch = -1 if latents[0] is None else latents[0]
-    values = -1 if None in latents[1:] else int(np.prod([size for size in latents[1:] if size is not None]))
-    streams = controller.streams
-    shapes = {"clock": [batch, streams, controller.columns], "latents": [batch, streams, values]}
-    for k, port in enumerate(controller.outputs):
-        sizes = [-1 if size is None else size for size in port.shape]
-        shapes[f"output_{k}"] = [sizes[0], streams, controller.depth, *sizes[1:]]
-    return [(name, shape, [max(size, 1) for size in shape]) for name, shape in shapes.items()]
-
-
-def _read(graph: OpenVINOGraph, name: str, shape: list[int], start: list[int]) -> Symbol:
-    zeros = ops.broadcast(ops.constant(np.float32(0)), ops.constant(np.array(start)))
-    read = ops.read_value(zeros, f"{PREFIX}{name}", ov.Type.f32, ov.PartialShape(shape))
+def _read(graph: OpenVINOGraph, name: str, shape: list[int | None]) -> Symbol:
+    zeros = ops.broadcast(ops.constant(np.float32(0)), ops.constant(np.array(sizes_or(shape, 1))))
+    read = ops.read_value(zeros, f"{PREFIX}{name}", ov.Type.f32, ov.PartialShape(sizes_or(shape, -1)))
     read.set_friendly_name(f"{PREFIX}{name}")
     return Symbol(graph, read.output(0))
 

@@ -153,6 +153,17 @@ class Symbol:
         found = positions if isinstance(positions, Symbol) else np.array(positions, np.int64)
         return self._node("Gather", found, axis=axis)
 
+    def first(self, count: Symbol, axis: int) -> Symbol:
+        """The first slices along an axis; count: int64 [1]."""
+        return self._node("Slice", np.array([0]), count, np.array([axis]))
+
+    def matmul(self, other: Symbol) -> Symbol:
+        return self._node("MatMul", other)
+
+    def times(self, other: Symbol) -> Symbol:
+        """Products of rows: [rows, values] and [others, values] give [rows, others]."""
+        return self.matmul(other._node("Transpose", perm=[1, 0]))
+
     def counted(self) -> Symbol:
         """0, 1, ... as far as this number, int64 [1], says."""
         return self.like(np.array(0))._node("Range", self.reshape([]), np.array(1))
