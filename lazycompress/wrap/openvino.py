@@ -27,7 +27,13 @@ except ImportError as _error:  # pragma: no cover - exercised by the packaging t
 #: Of the names of new nodes and variables.
 PREFIX = "lazycompress."
 
-_DTYPES = {"float16": ov.Type.f16, "bfloat16": ov.Type.bf16, "float32": ov.Type.f32, "float64": ov.Type.f64}
+_DTYPES = {
+    "float16": ov.Type.f16,
+    "bfloat16": ov.Type.bf16,
+    "float32": ov.Type.f32,
+    "float64": ov.Type.f64,
+    "int64": ov.Type.i64,
+}
 
 _NODES: dict[str, Callable[..., Any]] = {
     "Add": ops.add,
@@ -163,10 +169,13 @@ def wrapped(model: ov.Model, controller: Controller) -> ov.Model:
         result.input(0).replace_source_output(typed)
         typed.get_tensor().set_names(tensor_names)
     sinks = []
-    for name, value in zip(controller.shapes(), (after.clock, after.latents, *after.outputs), strict=True):
-        # An Assign reads a node's only output.
-        own = value.handle if value.handle.get_node().get_output_size() == 1 else _copy(value).handle
-        sinks.append(ops.assign(own.get_node(), f"{PREFIX}{name}"))
+    rows = _rows(after.clock)
+    for (name, shape), value in zip(
+        controller.shapes().items(), (after.clock, after.latents, *after.outputs), strict=True
+    ):
+        # An Assign reads a node's only output. Where the state may have any size, so must what is assigned, after a reshape too.
+        own = value.first(rows, 0) if None in shape else value.reshape(value.shape())
+        sinks.append(ops.assign(own.handle.get_node(), f"{PREFIX}{name}"))
     found = ov.Model(results, sinks, parameters, model.get_friendly_name())
     for key, value in model.get_rt_info().items():
         found.set_rt_info(value, key)
@@ -181,8 +190,11 @@ def _read(graph: OpenVINOGraph, name: str, shape: list[int | None]) -> Symbol:
     return Symbol(graph, read.output(0))
 
 
-def _copy(value: Symbol) -> Symbol:
-    return value.reshape(value.shape())
+def _rows(clock: Symbol) -> Symbol:
+    """How many rows a clock has, int64 [1]: counted, and so not known before the model runs."""
+    column = clock.take(0, axis=2).take(0, axis=1)
+    equal = column.equals(column)
+    return (equal | ~equal).float().sum(0, keep=True).cast("int64")
 
 
 def write(model: ov.Model, path: Path) -> None:

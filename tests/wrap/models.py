@@ -40,7 +40,9 @@ def _parameter(name: str, shape: list[int]) -> Any:
     return made
 
 
-def onnx_model(batch: int | str = "batch", size: int | str = "size", tokens: int | str = "tokens", opset: int = 17) -> Any:
+def onnx_model(
+    batch: int | str = "batch", size: int | str = "size", tokens: int | str = "tokens", opset: int = 17
+) -> Any:
     """The same for ONNX, of four channels; the prompt's sum over `WIDTH * tokens` in place of its mean."""
     kind = onnx.TensorProto.FLOAT
     arrays = {"two": np.float32([2]), "hundredth": np.float32([0.01]), "column": np.array([-1, 1, 1, 1]),

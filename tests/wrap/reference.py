@@ -86,7 +86,9 @@ class Reference:
             stream.used = self._calls
         return output
 
-    def _going_on(self, b: int, latents: Array, time: float, conditions: Arrays, rows: list[list[Stream]]) -> Stream | None:
+    def _going_on(
+        self, b: int, latents: Array, time: float, conditions: Arrays, rows: list[list[Stream]]
+    ) -> Stream | None:
         found = []
         for stream in self._rows[b]:
             moved = not np.allclose(stream.latents[0], latents, rtol=1e-5, atol=1e-6)
@@ -100,7 +102,9 @@ class Reference:
             basis = [stream.latents[0]] + [value for _, value in stream.records]
             for row in rows:
                 for other in row:
-                    if other is not stream and any(np.allclose(stream.latents[0], x, 1e-6, 1e-7) for x in other.latents):
+                    if other is not stream and any(
+                        np.allclose(stream.latents[0], x, 1e-6, 1e-7) for x in other.latents
+                    ):
                         basis += [value for _, value in other.records]
             matrix = np.stack([np.ravel(v[: latents.shape[0]]) for v in basis], 1).astype(np.float64)
             target = latents.ravel().astype(np.float64)
