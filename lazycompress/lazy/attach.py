@@ -86,7 +86,7 @@ class Handle:
 
     def take_over(self, other: Handle) -> None:
         """Take what another handle knows beside its engine."""
-        self.enabled, self.recipe, self.example = other.enabled, other.recipe, other.example
+        self.recipe, self.example = other.recipe, other.example
         self.training_report, self.turns = other.training_report, other.turns
 
     @contextmanager

@@ -111,8 +111,8 @@ class Images:
         """The sample that each row of a call goes on with, or None where it begins a new image.
 
         1. Sizes, dtypes, constants, scope and conditions are the same.
-        2. The timestep is past the sample's last one; or it is the same, and the latents are not; or both are, inside a scope, and
-           the plan has the timestep twice.
+        2. The timestep is past the sample's last one; or it is the same, and the latents are not; or both are the same, inside a
+           scope, and the plan has the timestep twice.
         3. Inside a scope: the one at the same place of a batch of the same size, if there is one such. Where samples may change
            places, it must also be the only one anywhere, and go on with nothing else.
         4. Else its last latents and outputs, and those of samples that shared its latents, explain these latents: they are in
