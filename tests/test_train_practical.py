@@ -27,7 +27,7 @@ from lazycompress.train.distributed import Group
 from lazycompress.train.memory import bytes_of_a_call, check_memory, training_mode
 from lazycompress.train.trajectory import linearise
 
-QUICK = {"train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
+QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "train.effort": 0.06}
 
 

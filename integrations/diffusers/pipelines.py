@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...api import graph_is_needed
-from ...errors import InputError, MissingExtraError
+from ...errors import InputError
 from ...graph.insert import is_timestep_name
 from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
 from ...lazy.learn import engine_from, unlearned
@@ -24,12 +25,6 @@ from ...recipe import Recipe
 from ...report import Summary
 from ...sampling import NotCalledError, Sampler, first_call
 from ...storage import load as load_gates
-
-try:
-    from diffusers import DiffusionPipeline
-except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
-    raise MissingExtraError("diffusers", "train", "a diffusers pipeline") from _error
-
 from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, put
 from .sampling import Arguments, learning_sampler, sample
 from .saving import save_plan_too

@@ -55,7 +55,7 @@ def run_demo(directory: Path, images: int = 2000, steps: int = 50) -> list[Row]:
     directory.mkdir(parents=True, exist_ok=True)
     model = load_bundled()
     started = time.perf_counter()
-    lazy: LazyModel = lazycompress.apply(model, RECIPE)
+    lazy: LazyModel = lazycompress.apply(model, RECIPE, overrides={"units": "branches"})
     print(lazy.training_report)
     lazycompress.save(lazy, directory / "gates")
     lazycompress.export(lazy, directory / "openvino", format="openvino", telemetry=True, overwrite=True)
