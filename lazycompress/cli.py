@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .recipe import Recipe
-    from .runtime import LazyModel
 
 _EXAMPLES = """examples:
   lazycompress demo out/demo
@@ -276,7 +275,7 @@ def _export(options: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         check_place(options.directory, EXPORT, options.overwrite)
-        lazy: LazyModel = load(load_denoiser(options.model), options.gates)
+        lazy = load(load_denoiser(options.model), options.gates)
         folder = export(lazy, options.directory, options.format, telemetry=telemetry, overwrite=options.overwrite)
     print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
 

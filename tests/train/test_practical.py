@@ -29,7 +29,7 @@ from lazycompress.train.memory import bytes_of_a_call, check_memory, training_mo
 from lazycompress.train.trajectory import linearise
 from tests.conftest import two_blocks
 
-QUICK = {"train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
+QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "train.effort": 0.06}
 
 
