@@ -71,6 +71,8 @@ class Kind:
 #: What `save` writes: of a lazy graph its gates, of a lazy module its plan.
 GATES = Kind("gates", "folder of gates", "gates.json", "plan.json")
 EXPORT = Kind("an export", "export", "lazycompress.json")
+#: What a model told while it was calibrated.
+CALIBRATION = Kind("a calibration", "calibration", "calibration.json")
 DEMO = Kind("a demo", "demo", "demo.json")
 
 #: Version 0.1 listed no files in these.

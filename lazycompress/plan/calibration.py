@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from ..errors import InputError
+from ..places import CALIBRATION, seal, whole_folder
+from ..weights import weights_hash
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,15 +74,20 @@ class Calibration:
             raise InputError("a calibration's gains are above 0; one was not")
 
 
-def save_calibration(calibration: Calibration, folder: str | Path) -> Path:
+def save_calibration(calibration: Calibration, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write `calibration.safetensors` and `calibration.json` into a folder, which appears whole or not at all.
 
-    Raises:
-        ExportError: the folder cannot be written.
-    """
-    from ..storage import whole_folder  # which imports the models that follow plans
+    Args:
+        calibration: what to write.
+        folder: a place that is free, or that of a calibration, see `places`.
+        overwrite: replace a calibration that is there.
 
-    tensors = {name: np.ascontiguousarray(getattr(calibration, name)) for name in ("gram", "reach", "gain", "image")}
+    Raises:
+        ExportError: the folder is not ours to take, or cannot be written.
+    """
+    tensors: dict[str, Any] = {
+        name: np.ascontiguousarray(getattr(calibration, name)) for name in ("gram", "reach", "gain", "image")
+    }
     about = {
         "format": FORMAT,
         "timesteps": list(calibration.timesteps),
@@ -90,9 +95,9 @@ def save_calibration(calibration: Calibration, folder: str | Path) -> Path:
         "weights": calibration.weights,
         "calls": calibration.calls,
     }
-    with whole_folder(Path(folder)) as beside:
+    with whole_folder(folder, CALIBRATION, overwrite) as beside:
         save_file(tensors, beside / TENSORS_FILE)
-        (beside / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        seal(beside, CALIBRATION, about)
     return Path(folder)
 
 
@@ -116,26 +121,15 @@ def load_calibration(folder: str | Path) -> Calibration:
     if values["gram"].ndim != 3 or values["image"].ndim != 1:
         raise InputError(f"{path} holds a gram of {values['gram'].ndim} dimensions; calibrate again")
     try:
-        return Calibration(**about, **values)
+        return Calibration(**about, **values)  # type: ignore[arg-type]
     except InputError as error:
         raise InputError(f"{path} is damaged: {error}; calibrate again") from None
 
 
 def hash_of(denoise: Any) -> str:
-    """A hash of some values of every weight of a module, or of the module that a method belongs to; else empty."""
+    """The hash of a module's weights, or of those of the module that a method belongs to; else empty."""
     module = denoise if isinstance(denoise, nn.Module) else getattr(denoise, "__self__", None)
-    if not isinstance(module, nn.Module):
-        return ""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        if value.is_meta or type(value) not in (torch.Tensor, nn.Parameter):
-            continue  # offloaded, or quantized into a class of its own: values are not to be had
-        some = value.detach().reshape(-1)[:: max(1, value.numel() // 64)].cpu()
-        digest.update(repr(some.to(torch.float64).tolist()).encode())
-    return digest.hexdigest()[:32]
+    return weights_hash(module) if isinstance(module, nn.Module) else ""
 
 
 def _read_about(path: Path) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def gram_of(tape: Tape, mixing: Mixing) -> Floats:
     )
     # In halves of the precision, small differences of large numbers would be lost; in blocks, memory stays small.
     gram = torch.zeros(values.shape[0], values.shape[1], values.shape[1], dtype=torch.float64)
-    for block in values.split(65536, dim=2):
+    for block in torch.split(values, 65536, dim=2):
         exact = block.double()
         gram += exact @ exact.transpose(1, 2)
     found: Floats = (gram / values.shape[2]).numpy()

@@ -30,7 +30,7 @@ PRINT = 3
 
 
 def print_of(rows: Symbol) -> Symbol:
-    """By what rows [rows, values] are known again, [rows, 3]: the square of the norm, and two sums with weights that repeat nowhere."""
+    """By what rows [rows, values] are known again, [rows, 3]: the square of the norm, and two sums with uneven weights."""
     places = rows.size(1).counted()
     found = [(rows * rows).sum(1, keep=True)]
     for period, step in _PERIODS:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..errors import ExportError, InputError
 from ..export.card import CARD_FILE
-from ..export.folder import need_place
 from ..graph.insert import is_timestep_name
+from ..places import EXPORT, seal, whole_folder
 from ..plan.plan import Plan
-from ..storage import whole_folder
 from .controller import Controller
 from .ports import Port, find_roles
 from .timetable import Timetable
@@ -99,7 +94,7 @@ def wrap(
     options = Options(plan, timestep_input, tuple(moving), streams)
     target = Path(out)
     if not isinstance(file, str | Path):
-        with _place(target, overwrite) as folder:
+        with whole_folder(target, EXPORT, overwrite) as folder:
             _wrap_openvino(file, folder / _MODEL_FILE, options)
         return target
     source = Path(file)
@@ -107,28 +102,20 @@ def wrap(
         found = _denoisers(source, options)
         if target.resolve().is_relative_to(source.resolve()):
             raise InputError(f"{target} is in the folder that is wrapped, {source}: choose one outside of it")
-        with _place(target, overwrite) as folder:
+        with whole_folder(target, EXPORT, overwrite) as folder:
             _bring(source, folder, {path.relative_to(source) for path in found})
             for path in found:
                 _wrap_file(path, folder / path.relative_to(source), options)
             if [path.parent for path in found] != [source]:
-                _write_card(folder, {"denoisers": [path.parent.relative_to(source).as_posix() for path in found]})
+                seal(folder, EXPORT, {"denoisers": [path.parent.relative_to(source).as_posix() for path in found]})
         return target
     if not source.is_file():
         raise InputError(f"there is no file {source}")
     if source.suffix not in (".xml", ".onnx"):
         raise InputError(f"{source} is neither an OpenVINO IR (.xml) nor an ONNX model (.onnx)")
-    with _place(target, overwrite) as folder:
+    with whole_folder(target, EXPORT, overwrite) as folder:
         _wrap_file(source, folder / source.name, options)
     return target
-
-
-@contextmanager
-def _place(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder that takes the place of `target` when all is written."""
-    need_place(target, overwrite)
-    with whole_folder(target) as folder:
-        yield folder
 
 
 def _wrap_file(source: Path, target: Path, options: Options) -> None:
@@ -146,7 +133,7 @@ def _wrap_file(source: Path, target: Path, options: Options) -> None:
             raise InputError(f"the weights of {source} are in {name}, which is not there")
         _link(source.parent / name, target.parent / name)
     format.write(format.wrapped(model, controller), target)
-    _write_card(target.parent, _about("onnx", target, controller, options))
+    seal(target.parent, EXPORT, _about("onnx", target, controller, options))
 
 
 def _wrap_openvino(model: ov.Model, target: Path, options: Options) -> None:
@@ -154,7 +141,7 @@ def _wrap_openvino(model: ov.Model, target: Path, options: Options) -> None:
 
     controller = options.controller(*format.ports(model))
     format.write(format.wrapped(model, controller), target)
-    _write_card(target.parent, _about("openvino", target, controller, options))
+    seal(target.parent, EXPORT, _about("openvino", target, controller, options))
 
 
 def _denoisers(source: Path, options: Options) -> list[Path]:
@@ -168,7 +155,8 @@ def _denoisers(source: Path, options: Options) -> list[Path]:
                 raise InputError(f"{found[0].parent} holds several denoisers: name one of {', '.join(map(str, found))}")
             return found
     raise InputError(
-        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and its timestep_input"
+        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and "
+        "its timestep_input"
     )
 
 
@@ -216,7 +204,6 @@ def _link(source: Path, target: Path) -> None:
 def _about(format: str, path: Path, controller: Controller, options: Options) -> dict[str, Any]:
     """What the card says of a wrapped file."""
     roles = controller.roles
-    files = [file for file in sorted(path.parent.iterdir()) if file.is_file() and file.name != CARD_FILE]
     return {
         "format": format,
         "model": path.name,
@@ -230,21 +217,7 @@ def _about(format: str, path: Path, controller: Controller, options: Options) ->
         "outputs": [port.name for port in controller.outputs],
         "clock": controller.layout,
         "versions": {name: _version(name) for name in ("openvino", "onnx", "nncf")},
-        "files": {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files},
     }
-
-
-def _write_card(folder: Path, about: dict[str, Any]) -> None:
-    card = {"lazycompress": __version__, **about}
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _version(package: str) -> str | None:
