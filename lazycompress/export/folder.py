@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from ..errors import ExportError, InputError
 from ..files import write_tensors
 from ..places import EXPORT, check_place, seal, whole_folder
@@ -74,7 +76,7 @@ def export(
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     place = check_place(directory, EXPORT, overwrite)
-    need_finite(lazy)
+    need_finite(lazy, {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[weights])
     with whole_folder(place, EXPORT, overwrite) as folder:
 
         def write(form: Form) -> dict[str, Any]:
