@@ -7,19 +7,26 @@ from torch import Tensor
 
 from ..errors import ExportError
 from ..runtime import LazyModel
+from .trace import is_weight
 
 
-def need_finite(lazy: LazyModel) -> None:
+def need_finite(lazy: LazyModel, stored: torch.dtype = torch.float32) -> None:
     """Look at every weight of a lazy model and of its gates, whether its example call reads it or not.
 
     Buffers may hold infinity, as masks do.
 
+    Args:
+        lazy: the model.
+        stored: what large weights are stored as.
+
     Raises:
-        ExportError: names the first one with NaN or infinity.
+        ExportError: names the first one with NaN or infinity, or with a value beyond `stored`.
     """
     name = type(lazy.model).__name__
     for key, weight in lazy.model.named_parameters():
         _need(weight, f"weight {key} of {name}", infinity=False)
+        if stored != torch.float32 and weight.dtype == torch.float32 and is_weight(key, weight.numel()):
+            narrowed(weight.detach(), stored, key)
     for key, buffer in lazy.model.named_buffers():
         _need(buffer, f"buffer {key} of {name}", infinity=True)
     for key, value in lazy.gates.state_dict().items():

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from ..errors import ExportError, InputError
 from ..files import write_tensors
 from ..lazy.attach import Handle
@@ -79,7 +81,7 @@ def export(
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     place = check_place(directory, EXPORT, overwrite)
     graph = lazy if isinstance(lazy, LazyModel) else graph_of(lazy)
-    need_finite(graph)
+    need_finite(graph, {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[weights])
     with whole_folder(place, EXPORT, overwrite) as folder:
 
         def write(form: Form) -> dict[str, Any]:
