@@ -136,13 +136,15 @@ def checked(sampler: Sampler) -> Sampler:
     if not callable(sampler):
         raise InputError(f"sampler: a callable that takes the model is needed, there was {shown(sampler)}")
     try:
-        inspect.signature(sampler).bind(object())
+        signature = inspect.signature(sampler)
+    except (TypeError, ValueError):  # a builtin, of which Python knows no signature
+        signature = inspect.Signature([inspect.Parameter("model", inspect.Parameter.POSITIONAL_ONLY)])
+    try:
+        signature.bind(object())
     except TypeError:
         raise InputError(
-            f"sampler: {name}{inspect.signature(sampler)} has to take the model, and nothing else that is required"
+            f"sampler: {name}{signature} has to take the model, and nothing else that is required"
         ) from None
-    except ValueError:  # a builtin, of which Python knows no signature
-        pass
 
     def run(model: Any) -> Tensor:
         try:

@@ -102,7 +102,7 @@ class TrainReport:
         frozen = "" if self.unfrozen is None else f"; frozen from gates with error {self.unfrozen:.1e}"
         return (
             f"learned in {self.seconds:.0f} s ({self.forwards:.0f} forward passes): {self.macs_ratio:.1%} of the branch MACs "
-            f"computed, error to dense {self.relative:.2%} of the latents' variance ({self.error:.1e}, median {self.median:.1e}, "
+            f"computed, error to dense {self.relative:.1e} of the latents' variance ({self.error:.1e}, median {self.median:.1e}, "
             f"99th percentile {self.p99:.1e}){frozen}"
         )
 
@@ -289,7 +289,8 @@ class _Search:
         return found[best], errors[best]
 
     def show(self, schedule: Bools, errors: Tensor) -> None:
-        self.bar.show(error=f"{float(errors.mean()):.1e}", skipped=f"{1 - self.planner.macs_ratio(schedule):.1%}")
+        relative = Judged(errors, self.runs.variance(self.held_out)).relative
+        self.bar.show(error=f"{relative:.1e}", skipped=f"{1 - self.planner.macs_ratio(schedule):.1%}")
 
 
 def excluded_branches(lazy: LazyModel, patterns: list[str]) -> list[int]:

@@ -177,16 +177,22 @@ class _Tape:
             self.timesteps.append(self.lazy.timestep)
             self.times.append(self.lazy.timestep - self.phase * again)
         if self.schedule is not None and self.steps > len(self.schedule):
-            raise InputError(
-                f"the sampler calls the model more often than the {len(self.schedule)} times of other runs: gates need a fixed "
-                "number"
-            )
+            self.check_steps()
         self.fresh[-1][self._context] = {}
         self.used[-1][self._context] = {}
         self.may_reuse[-1] &= may_reuse
         self._goes_on = may_reuse
         reused = self.schedule is not None and bool(self.schedule[self.steps - 1].all())
         self._whole = self.order > 0 and may_reuse and reused
+
+    def check_steps(self) -> None:
+        """Raises:
+        InputError: the run has another number of steps than the schedule that it follows.
+        """
+        if self.schedule is not None and self.steps != len(self.schedule):
+            raise InputError(
+                f"the sampler made {self.steps} steps in one run and {len(self.schedule)} in another: gates need a fixed number"
+            )
 
     def per_image(self, values: Tensor, images: int) -> Tensor:
         """Sums per image, [images, ...], of values per sample of a call, [batch, ...].
@@ -211,7 +217,9 @@ def run(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None) -> Tensor:
     lazy.reset()
     tape = _Tape(lazy, schedule, record=False)
     with torch.no_grad(), lazy.controlled(tape, tape.outputs):
-        return sampler(lazy).detach()
+        image = sampler(lazy).detach()
+    tape.check_steps()
+    return image
 
 
 def linearise(
@@ -257,6 +265,7 @@ def linearise(
         for parameter in frozen:
             parameter.requires_grad_(True)
     steps = tape.steps
+    tape.check_steps()
     if not isinstance(image, Tensor) or not image.requires_grad:
         raise InputError(
             "no gradient reaches the model through the sampler: it must return the final latents as a tensor, and must "

@@ -120,10 +120,9 @@ def _judged(says: str | None, message: str) -> Outcome:
 def _surroundings() -> dict[str, Any]:
     """What belongs to the caller and must be left as it is."""
     loggers = [logging.root, *(logging.getLogger(name) for name in ("lazycompress", "torch", "diffusers"))]
-    accelerators = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
     return {
         "torch's generator": torch.get_rng_state().numpy().tobytes(),
-        "generators of accelerators": [torch.cuda.get_rng_state(k).numpy().tobytes() for k in accelerators],
+        "generators of GPUs": [torch.cuda.get_rng_state(k).numpy().tobytes() for k in range(torch.cuda.device_count())],
         "numpy's generator": repr(np.random.get_state()),  # noqa: NPY002 - the global one is what is looked at
         "python's generator": random.getstate(),
         "default dtype": torch.get_default_dtype(),

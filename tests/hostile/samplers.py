@@ -327,6 +327,11 @@ TRIES = [
         counting(lambda model, run: noise() - model(noise(), times(900.0 - run), LABELS)),
         "had another timestep the second time",
     ),
+    sampler(
+        "a number of calls drawn from torch's noise",
+        lambda: lambda model: sample(model, steps=2 + int(torch.randint(0, 5, ()))),
+        r"\d( times)?(, | steps in one run and )\d.*gates need a fixed number",
+    ),
     # what it raises
     sampler(
         "raises before its first call",

@@ -103,7 +103,7 @@ def copied_after_a_stage(lazy: LazyModel) -> None:
 
 def relative(lazy: LazyModel) -> None:
     report: TrainReport = lazy.training_report
-    if not 0 <= report.relative < 1 or "% of the latents' variance" not in str(report):
+    if not 0 <= report.relative < 1 or " of the latents' variance" not in str(report):
         raise AssertionError(str(report))
 
 
