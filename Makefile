@@ -58,6 +58,7 @@ bench-quality: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/lazycompress recipes --reference > docs/recipes.md
 	$(BIN)/python -m tests.coverage --write docs/coverage.md
+	$(BIN)/python -m tests.hostile --write docs/robustness.md
 
 kills: $(STAMP)
 	$(BIN)/python -m tests.kills

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .runtime import LazyModel
     from .storage import load, save
+    from .wrap.folder import wrap
 
-# `lazycompress.export` is the function. Importing the subpackage of that name once, and dropping the attribute that the
-# import machinery sets, keeps it so: the attribute is set at the first import only.
-importlib.import_module(".export", __name__)
-globals().pop("export", None)
+# `lazycompress.export` and `lazycompress.wrap` are the functions. Importing the subpackages of these names once, and dropping
+# the attributes that the import machinery sets, keeps it so: they are set at the first import only.
+for _name in ("export", "wrap"):
+    importlib.import_module(f".{_name}", __name__)
+    globals().pop(_name, None)
 
 _LAZY = {
     "apply": "api",
@@ -48,6 +50,7 @@ _LAZY = {
     "LazyModule": "lazy.model",
     "load": "storage",
     "save": "storage",
+    "wrap": "wrap.folder",
 }
 
 __all__ = [
@@ -74,6 +77,7 @@ __all__ = [
     "save",
     "set_target",
     "summary",
+    "wrap",
 ]
 
 

@@ -153,6 +153,8 @@ def graph_is_needed(recipe: Recipe) -> bool:
     reasons = [
         *(name for name in ("prune", "quantize", "weights") if getattr(recipe, name) is not None),
         *(f"guards.{name}" for name in ("exclude", "kind_targets") if getattr(recipe.guards, name)),
+        *(["train.precision"] if recipe.train.precision else []),
+        *(["train.checkpointing"] if recipe.train.checkpointing else []),
         *(["train.method: paper"] if recipe.train.method == "paper" else []),
         *(["schedule: gates"] if recipe.schedule == "gates" else []),
         *(["a list of targets"] if len(recipe.targets) > 1 else []),

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .recipe import Recipe
-    from .runtime import LazyModel
 
 _EXAMPLES = """examples:
   lazycompress demo out/demo
@@ -114,8 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "learn, export, sample and compare on the bundled model")
     demo.add_argument("directory", type=Path, help="where to write")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
-    demo.add_argument("--images", type=int, default=2000, help="images per way of sampling (default: 2000)")
+    demo.add_argument("--images", type=_count, default=2000, help="images per way of sampling (default: 2000)")
     return parser
+
+
+def _count(text: str) -> int:
+    """A number of images, as argparse wants it: an error says what to write."""
+    if not text.isdecimal() or len(text) > 7 or not 0 < int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"a number from 1 to 1000000 is needed, there was {shown(text)}")
+    return int(text)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -269,7 +275,7 @@ def _export(options: argparse.Namespace) -> None:
         )  # fmt: skip
     else:
         check_place(options.directory, EXPORT, options.overwrite)
-        lazy: LazyModel = load(load_denoiser(options.model), options.gates)
+        lazy = load(load_denoiser(options.model), options.gates)
         folder = export(lazy, options.directory, options.format, telemetry=telemetry, overwrite=options.overwrite)
     print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
 

@@ -2,7 +2,7 @@
 
 | value | JSON |
 |---|---|
-| None, bool, int, str, finite float | itself |
+| None, bool, int of 64 bits, str, finite float | itself |
 | other float | `{"float": "inf"}`, `"-inf"` or `"nan"` |
 | list | a list |
 | tuple | `{"tuple": [...]}` |
@@ -34,6 +34,8 @@ DTYPES: dict[str, torch.dtype] = {
 #: The most that a value may hold: levels, parts, characters of a string, bytes of made-up tensors.
 DEPTH, PARTS, CHARACTERS, BYTES = 32, 100_000, 2**20, 2 * 2**30
 
+_SMALLEST, _LARGEST = -(2**63), 2**64 - 1
+
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -52,7 +54,7 @@ def encode(value: Any, tensor: Callable[[Tensor], Any]) -> Any:
         EncodingError: something in it is not in the table.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str) or (kind is int and _SMALLEST <= value <= _LARGEST):
         return value
     if kind is float:
         return value if math.isfinite(value) else {"float": str(value)}
@@ -93,7 +95,7 @@ class _Decoder:
             raise EncodingError("nested too deeply" if depth == 0 else f"more than {PARTS} parts")
         if isinstance(node, str) and len(node) > CHARACTERS:
             raise EncodingError(f"a string of {len(node)} characters")
-        if isinstance(node, int) and not -(2**63) <= node < 2**64:
+        if isinstance(node, int) and not _SMALLEST <= node <= _LARGEST:
             raise EncodingError("an integer beyond 64 bits")
         if isinstance(node, float) and not math.isfinite(node):
             raise EncodingError("a number beyond floating point")

@@ -71,6 +71,8 @@ class Kind:
 #: What `save` writes: of a lazy graph its gates, of a lazy module its plan.
 GATES = Kind("gates", "folder of gates", "gates.json", "plan.json")
 EXPORT = Kind("an export", "export", "lazycompress.json")
+#: What a model told while it was calibrated.
+CALIBRATION = Kind("a calibration", "calibration", "calibration.json")
 DEMO = Kind("a demo", "demo", "demo.json")
 
 #: Version 0.1 listed no files in these.
@@ -117,6 +119,10 @@ def check_place(directory: str | Path, kind: Kind, overwrite: bool = False) -> P
     with _telling(place):
         if place.is_symlink():
             raise ExportError(f"{place} is a link to {os.readlink(place)}: name the folder itself")
+        parent = next(parent for parent in place.parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            reason = "no folder" if not parent.is_dir() else "a folder that this process may not write to"
+            raise ExportError(f"cannot write {place}: {parent} is {reason}; choose another folder")
         if not place.exists():
             return place
         if not place.is_dir():

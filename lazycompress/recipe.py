@@ -86,9 +86,11 @@ class Pipeline(Section):
 class Guards(Section):
     """Where a branch may not reuse, whatever its gate says."""
 
-    warmup_steps: int = Field(1, ge=1, description="first steps that compute everything (the first one always does)")
-    last_steps: int = Field(0, ge=0, description="last steps that compute everything")
-    max_reuse: int = Field(8, ge=1, description="longest run of steps that one output is reused for")
+    warmup_steps: int = Field(
+        1, ge=1, le=2**31 - 1, description="first steps that compute everything (the first one always does)"
+    )
+    last_steps: int = Field(0, ge=0, le=2**31 - 1, description="last steps that compute everything")
+    max_reuse: int = Field(8, ge=1, le=2**31 - 1, description="longest run of steps that one output is reused for")
     exclude: list[str] = Field(
         default_factory=list, description="branches that always compute: names, or patterns that begin with re:"
     )

@@ -21,7 +21,7 @@ MOST_BYTES = 2**21
 MOST_LEVELS = 32
 
 #: Values, those that aliases repeat counted each time.
-MOST_VALUES = 100_000
+MOST_VALUES = 50_000
 
 
 def read_text(path: Path) -> str:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from lazycompress.errors import LazyCompressError
+from lazycompress.files import check_file, write_file
 from lazycompress.gate import Gates
 from lazycompress.graph.capture import take_apart
 from lazycompress.graph.insert import find_timestep
@@ -38,6 +39,8 @@ MODULES = [
     "diffusers_audio",
     "styles_all",
 ]
+
+MARK = "Written by `python -m tests.coverage --write docs/coverage.md`"
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 
@@ -258,8 +261,7 @@ def render(rows: list[Row]) -> str:
     lines = [
         "# Coverage",
         "",
-        "Written by `python -m tests.coverage --write docs/coverage.md`; `tests/graph/test_coverage.py` fails where a cell gets "
-        "worse.",
+        f"{MARK}; `tests/graph/test_coverage.py` fails where a cell gets worse.",
         f"{classes} models of diffusers and {len(rows) - classes} written for the tests, tiny and with random weights.",
         "",
         *(f"- **{name}**: {meaning}" for name, meaning in COLUMNS.items() if meaning),
@@ -286,6 +288,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of models")
     parser.add_argument("--write", type=Path, help="where to write the page")
     options = parser.parse_args()
+    if options.write:
+        check_file(options.write, MARK)
     torch.set_num_threads(1)
     chosen = [s for s in specimens() if not options.only or s.name in options.only]
     rows = []
@@ -294,8 +298,7 @@ def main() -> None:
         rows.append(row)
         tqdm.write("  ".join(row.cells()))
     if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(render(rows))
+        write_file(options.write, render(rows), MARK)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def run(job: Job, folder: Path, chance: random.Random) -> dict[str, int]:
     found = {"whole": 0, "half": 0, "none": 0, "left": 0}
     for _ in range(job.kills):
         child = _child(job, place)
-        time.sleep(chance.uniform(0.0, 2.0 * duration))
+        time.sleep(chance.uniform(0.0, 1.2 * duration))
         os.kill(child, signal.SIGKILL)
         _wait(child)
         found[_state(place, job.kind)] += 1

@@ -55,16 +55,19 @@ def test_locate_takes_positional_inputs_too(digits: nn.Module) -> None:
     assert len(lazycompress.locate(digits, positional)) == 12
 
 
-def test_apply_takes_the_inputs_from_the_sampler(digits: nn.Module) -> None:
+@pytest.mark.parametrize("units", ["calls", "branches"])
+def test_apply_learns_in_the_sampler(digits: nn.Module, units: str) -> None:
     def sampler(model: nn.Module) -> Tensor:
         noise = draw_noise(3, int(torch.randint(0, 1000, (1,))))
         return digits_sampler(noise, torch.arange(3), 6)(model)
 
-    lazy = lazycompress.apply(digits, {"target": 0.8, "train": {"effort": 0.25}}, sampler=sampler, progress=False)
-    assert lazy.training_report.macs_ratio <= 0.8
+    lazy = lazycompress.apply(
+        digits, {"target": 0.8, "units": units, "train": {"effort": 0.25}}, sampler=sampler, progress=False
+    )
     with torch.no_grad():
         assert sampler(lazy).shape == (3, 1, 8, 8)
     assert lazy.summary().skip_ratio > 0
+    assert lazy.summary().macs_ratio <= 0.81
 
 
 @pytest.mark.parametrize("model", [Mlp(), ResNet()], ids=["mlp", "resnet"])

@@ -246,7 +246,7 @@ except ExportError as error:
 def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
     if os.getuid():
         tmp_path.chmod(0o500)
-        with pytest.raises(ExportError, match=r"cannot write .*Permission denied"):
+        with pytest.raises(ExportError, match="may not write to"):
             write(tmp_path / "out")
         return
     with tempfile.TemporaryDirectory() as folder:  # one that others may enter: pytest's own they may not
@@ -257,7 +257,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path: Path) -> None:
         if "PermissionError" in done.stderr or "ModuleNotFoundError" in done.stderr:
             pytest.skip("nobody may read this Python")
         assert "cannot write" in done.stdout, done.stderr
-        assert "Permission denied" in done.stdout
+        assert "may not write to" in done.stdout
 
 
 _NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=30).filter(

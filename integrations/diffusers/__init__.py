@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from ...errors import MissingExtraError
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
+    raise MissingExtraError("diffusers", "train", "a diffusers pipeline") from _error
+
 from .export import INDEX_FILE, export_folder, export_pipeline, load_pipeline, local_folder, optimum_knows
 from .exported import ExportedDenoiser, exported_summary, load_exported
 from .graph import LazyDenoiser

@@ -31,7 +31,7 @@ from ...lazy.convert import graph_of
 from ...places import EXPORT, check_place, seal, whole_folder
 from ...recipe import Recipe, load_recipe
 from .graph import LazyDenoiser
-from .loading import INDEX_FILE, check_index, load_denoiser
+from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
 from .pipelines import apply_to_pipeline, disable, enable, lazy_denoisers
 
 _log = logging.getLogger(__name__)
@@ -140,7 +140,8 @@ def load_pipeline(folder: str | Path) -> Any:
 
     check_index(path_of(folder, "model", InputError))
     try:
-        return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, torch_dtype=torch.float32)
+        with no_bars():
+            return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, torch_dtype=torch.float32)
     except Exception as error:  # of many classes: whatever a part's own loader meets in its files
         raise InputError(f"{folder}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
 

@@ -17,7 +17,7 @@ from ...export.card import read_card
 from ...files import path_of, read_object
 from ...graph.capture import take_apart
 from ...report import Summary
-from .loading import check_index, model_class
+from .loading import check_index, model_class, no_bars
 from .pipelines import PipelineSummary
 
 
@@ -94,7 +94,8 @@ def load_exported(folder: str | Path) -> Any:
     shells = {name: _shell(path, name) for name in card["denoisers"]}
     check_index(path)
     try:
-        parts = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, **dict.fromkeys(shells))
+        with no_bars():
+            parts = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, **dict.fromkeys(shells))
     except Exception as error:  # of many classes: whatever a part's own loader meets in its files
         said = " ".join(str(error).split())[:300]
         raise ExportError(f"{path}: diffusers does not load it: {said}; verify tells which file was changed") from error

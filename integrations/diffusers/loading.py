@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,20 @@ def load_denoiser(folder: str | Path) -> nn.Module:
     except Exception as error:  # of many classes: whatever diffusers and safetensors meet in its files
         raise InputError(f"{path}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
     return loaded.eval()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without diffusers' progress bars while parts are loaded: what is wrong with them is one line on stderr."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def model_class(name: Any) -> Any:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ...api import graph_is_needed
-from ...errors import InputError, MissingExtraError
+from ...errors import InputError
 from ...files import kind_of, path_of
 from ...graph.insert import is_timestep_name
 from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
@@ -25,12 +26,6 @@ from ...recipe import Recipe
 from ...report import Summary
 from ...sampling import NotCalledError, Sampler, first_call
 from ...storage import load as load_gates
-
-try:
-    from diffusers import DiffusionPipeline
-except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
-    raise MissingExtraError("diffusers", "train", "a diffusers pipeline") from _error
-
 from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, put
 from .sampling import Arguments, learning_sampler, sample
 from .saving import save_plan_too
@@ -98,7 +93,9 @@ def apply_to_pipeline(
             raise InputError(
                 f"{name} has a cache of diffusers enabled, which skips by its own rules: call pipe.{name}.disable_cache() first"
             )
-    disable(pipeline)
+    for name, lazy in lazy_denoisers(pipeline, needed=False).items():
+        if isinstance(lazy, LazyDenoiser):
+            put(pipeline, name, lazy.model)
     if graph_is_needed(recipe):
         calls = example_calls(pipeline, recipe, sampler=sampler, call_kwargs=call_kwargs)
         for name in calls:
@@ -117,7 +114,7 @@ def _learn_calls(
     pipeline: Any, modules: Mapping[str, nn.Module], recipe: Recipe, arguments: Arguments, sampler: Sampler | None
 ) -> dict[str, Handle]:
     """Put an engine before each denoiser that sampling calls. After an error the denoisers are as they were."""
-    before = {name: handle_of(module) for name, module in modules.items()}
+    before = {name: (old, old.enabled) for name, module in modules.items() if (old := handle_of(module)) is not None}
     engines = {name: unlearned(module, recipe) for name, module in modules.items()}
     handles = {name: attach(module, engines[name], PipelineCalls()) for name, module in modules.items()}
     watches = {name: Watch(handle.inner, handle.engine.reader) for name, handle in handles.items()}
@@ -137,9 +134,12 @@ def _learn_calls(
     except BaseException:
         for name, module in modules.items():
             detach(module)
-            old = before[name]
-            if old is not None:
-                attach(module, old.engine, PipelineCalls()).take_over(old)
+            if name in before:
+                old, enabled = before[name]
+                restored = attach(module, old.engine, PipelineCalls())
+                restored.take_over(old)
+                restored.enabled = enabled
+                save_plan_too(restored)
         raise
     for name in modules.keys() - called.keys():
         detach(modules[name])

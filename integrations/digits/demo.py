@@ -69,7 +69,7 @@ def _run(directory: Path, images: int, steps: int) -> list[Row]:
 
     model = load_bundled()
     started = time.perf_counter()
-    lazy: LazyModel = lazycompress.apply(model, RECIPE)
+    lazy: LazyModel = lazycompress.apply(model, RECIPE, overrides={"units": "branches"})
     print(lazy.training_report)
     lazycompress.save(lazy, directory / "gates")
     lazycompress.export(lazy, directory / "openvino", format="openvino", telemetry=True)

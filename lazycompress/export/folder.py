@@ -65,7 +65,7 @@ def export(
         ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
         MissingExtraError: the format's packages are not installed.
     """
-    if not isinstance(lazy, LazyModel):
+    if not isinstance(lazy, LazyModel | LazyModule | Handle):
         raise InputError(
             f"only a lazy model is exported: call lazycompress.apply first; there was {type(lazy).__name__}"
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.plan import Plan
+from .eager import around, eager
 from .engine import Engine, Policy, run
 from .scopes import Scope, Surroundings, opened
 from .usage import CallSummary
@@ -85,7 +86,7 @@ class Handle:
 
     def take_over(self, other: Handle) -> None:
         """Take what another handle knows beside its engine."""
-        self.enabled, self.recipe, self.example = other.enabled, other.recipe, other.example
+        self.recipe, self.example = other.recipe, other.example
         self.training_report, self.turns = other.training_report, other.turns
 
     @contextmanager
@@ -101,14 +102,14 @@ class Handle:
         """Call the module itself: its hooks, what offloads it, what compiled it."""
         if self._compiled is not None:
             return self._compiled(*args, **kwargs)
-        return type(self.module)._call_impl(self.module, *args, **kwargs)
+        return type(self.module)._call_impl(self.module, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     # What runs outside of the module is not for compilers; what it calls is.
-    @torch.compiler.disable(recursive=False)
+    @around
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What calling the module does."""
         if self._standin is not None:
-            return torch.compiler.disable(self._standin)(*args, **kwargs)
+            return eager(self._standin)(*args, **kwargs)
         if not self.enabled or torch.compiler.is_exporting():
             return self.inner(*args, **kwargs)
         if self._steps_aside(self.module):
@@ -120,11 +121,11 @@ class Handle:
         """What calling a module does that `module.compile()` compiled."""
         return self.call(*args, **kwargs)
 
-    @torch.compiler.disable
+    @eager
     def _scope(self) -> Scope | None:
         return opened(self.module) or self._surroundings(self.module)
 
-    @torch.compiler.disable
+    @eager
     def _steps_aside(self, module: Any) -> bool:
         """Whether another cache is enabled on the module: two that skip do not know of each other."""
         if not getattr(module, "is_cache_enabled", False):
@@ -138,20 +139,20 @@ class Handle:
         self.engine.usage.add_dense(0, read=False)
         return True
 
-    @torch.compiler.disable
+    @eager
     def _through_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The module's own forward hooks see a skipped call as they see any other."""
         module = self.module
         for key, before in list(module._forward_pre_hooks.items()):
             if key in module._forward_pre_hooks_with_kwargs:
-                changed = before(module, args, kwargs)  # type: ignore[call-arg]
+                changed = before(module, args, kwargs)
                 args, kwargs = changed if changed is not None else (args, kwargs)
             else:
                 changed = before(module, args)
                 args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
         for key, after in list(module._forward_hooks.items()):
             if key in module._forward_hooks_with_kwargs:
-                changed = after(module, args, kwargs, output)  # type: ignore[call-arg,arg-type]
+                changed = after(module, args, kwargs, output)
             else:
                 changed = after(module, args, output)
             output = output if changed is None else changed
@@ -173,6 +174,7 @@ def detach(module: nn.Module) -> None:
     handle = handle_of(module)
     if handle is None:
         return
+    handle.enabled = False  # `module.compile()` may have compiled it
     del module.__dict__[_CALL]
     if getattr(module.__dict__.get(_COMPILED), "__self__", None) is handle:
         if handle._compiled is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import InputError, LazyCompressError
 from ..plan.plan import Plan, forecast
 from .calls import Call, Reader
+from .eager import around, eager
 from .follow import Pace, alike, as_seen, spread, stream_of
 from .images import Images, Record, Sample
 from .outputs import Form, take_apart
@@ -145,7 +146,7 @@ class Engine:
     def summary(self) -> CallSummary:
         return self.usage.summary()
 
-    @torch.compiler.disable
+    @eager
     @torch.no_grad()
     def decide(self, args: Sequence[Any], kwargs: Mapping[str, Any], scope: Scope | None) -> Decision | None:
         """What is to be done with a call; None: the module runs as it is, and nothing is kept."""
@@ -177,7 +178,7 @@ class Engine:
             self.usage.add(sight.times, computes, [known is None for known in found])
         return Decision(call, samples, computes)
 
-    @torch.compiler.disable
+    @eager
     @torch.no_grad()
     def keep(self, decision: Decision, output: Any) -> Any:
         """What the call gives: of samples that were to be skipped, their forecasts in the place of what was computed."""
@@ -203,7 +204,7 @@ class Engine:
         ]
         return form.of_batch(rows)
 
-    @torch.compiler.disable
+    @eager
     @torch.no_grad()
     def skip(self, decision: Decision) -> Any:
         """What a call gives for which the module is not called."""
@@ -298,7 +299,7 @@ def _combined(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 # What runs outside of the module is not for compilers; what it calls is.
-@torch.compiler.disable(recursive=False)
+@around
 def run(
     engine: Engine, inner: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], scope: Scope | None
 ) -> tuple[Any, bool]:

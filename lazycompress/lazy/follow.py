@@ -108,13 +108,20 @@ class Pace:
     _clock: float = math.nan
     _density: Density | None = None
 
+    def expects(self, timestep: float) -> bool:
+        """Whether the plan's next call is at this timestep."""
+        return self._exact and self.calls < len(self.plan.timesteps) and self._is_at(self.calls, timestep)
+
+    def _is_at(self, call: int, timestep: float) -> bool:
+        known = self.plan.timesteps
+        return abs(known[call] - timestep) <= _CLOSE * max(map(abs, known))
+
     def step(self, timestep: float) -> bool:
         """One call further, at `timestep`: whether it computes."""
         k, before = self.calls, self._clock
         self.calls += 1
         known = self.plan.timesteps
-        largest = max(map(abs, known))
-        self._exact = self._exact and k < len(known) and abs(known[k] - timestep) <= _CLOSE * largest
+        self._exact = self._exact and k < len(known) and self._is_at(k, timestep)
         if self._exact:
             self.time = self._clock = known[k]
             return self.plan.computes[k]

@@ -111,7 +111,8 @@ class Images:
         """The sample that each row of a call goes on with, or None where it begins a new image.
 
         1. Sizes, dtypes, constants, scope and conditions are the same.
-        2. The timestep is past the sample's last one; or it is the same, and the latents are not.
+        2. The timestep is past the sample's last one; or it is the same, and the latents are not; or both are the same, inside a
+           scope, and the plan has the timestep twice.
         3. Inside a scope: the one at the same place of a batch of the same size, if there is one such. Where samples may change
            places, it must also be the only one anywhere, and go on with nothing else.
         4. Else its last latents and outputs, and those of samples that shared its latents, explain these latents: they are in
@@ -132,14 +133,14 @@ class Images:
                     taken[row] = here[0]
         pairs = [(row, sample) for row in rows if row not in taken for sample in fitting[row]]
         left = self._unexplained(call, pairs)
+        best = {row: min(r for r, (other, _) in zip(left, pairs, strict=True) if other == row) for row, _ in pairs}
         ranked = sorted(
-            (
-                (residual > 2 * min(r for r, (other, _) in zip(left, pairs, strict=True) if other == row) + 1e-4,
-                 sample.row != row, residual, k)
-                for k, (residual, (row, sample)) in enumerate(zip(left, pairs, strict=True))
-                if residual <= UNEXPLAINED
-            )
-        )  # fmt: skip
+            # Where several explain the latents as well, as states of one and the same trajectory do, the place and the nearest
+            # timestep decide.
+            (residual > 2 * best[row] + 1e-4, sample.row != row, abs(sample.timestep - sight.times[row]), residual, k)
+            for k, (residual, (row, sample)) in enumerate(zip(left, pairs, strict=True))
+            if residual <= UNEXPLAINED
+        )
         for *_, k in ranked:
             row, sample = pairs[k]
             if row not in taken and all(sample is not other for other in taken.values()):
@@ -155,7 +156,8 @@ class Images:
             if sample.kind != kind or sample.scope != scope or not sample.records:
                 continue
             passed = (sample.timestep - time) * direction
-            if not (passed > 0 or (passed == 0 and not sample.prints[0].same(seen, EQUAL))):
+            twice = not sample.prints[0].same(seen, EQUAL) or (scope is not None and sample.pace.expects(time))
+            if not (passed > 0 or (passed == 0 and twice)):
                 continue
             if _same(sample.conditions, sight.conditions[row]):
                 found.append(sample)
@@ -207,4 +209,5 @@ def _residual(latents: Tensor, before: Tensor, outputs: Sequence[Tensor]) -> Ten
     rest = target
     for known in basis:
         rest = rest - torch.dot(known, rest) * known
-    return torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(target).clamp(min=1e-30)
+    left: Tensor = torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(target).clamp(min=1e-30)
+    return left

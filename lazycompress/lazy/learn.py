@@ -69,7 +69,7 @@ def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler) -> LazyModul
     watch = Watch(lazy.inner, lazy.engine.reader)
     with torch.no_grad(), lazy.replaced(watch):
         sampler(lazy)
-    watch.done(type(model).__name__)
+    watch.done()
     lazy.engine = engine_from(watch, recipe)
     lazy.example = watch.example
     return lazy

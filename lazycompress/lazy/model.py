@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan.plan import Plan
+from .eager import around, eager
 from .engine import Engine, Policy, run
 from .scopes import opened
 from .usage import CallSummary, CallUsage
@@ -106,8 +107,8 @@ class LazyModule(nn.Module):
         """Call the module itself."""
         return self.model(*args, **kwargs)
 
-    @torch.compiler.disable(recursive=False)
+    @around
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._standin is not None:
-            return torch.compiler.disable(self._standin)(*args, **kwargs)
+            return eager(self._standin)(*args, **kwargs)
         return run(self.engine, self.model, args, kwargs, opened(self) or opened(self.model))[0]

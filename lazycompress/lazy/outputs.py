@@ -61,7 +61,7 @@ def take_apart(output: Any, batch: int) -> tuple[list[Tensor], Form] | None:
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
-    return tensor if tensor.shape[0] == batch else tensor.unflatten(0, (batch, -1))
+    return tensor if tensor.shape[0] == batch else tensor.reshape(batch, -1, *tensor.shape[1:])
 
 
 def _holds_a_list(output: Any, batch: int) -> bool:

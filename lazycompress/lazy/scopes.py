@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ _open: ContextVar[tuple[tuple[frozenset[int], Scope], ...]] = ContextVar("lazyco
 
 
 @contextmanager
-def scope_of(modules: Sequence[nn.Module], timesteps: Sequence[float] | None = None) -> Iterator[Scope]:
+def scope_of(modules: Sequence[nn.Module], timesteps: Sequence[float] | Tensor | None = None) -> Iterator[Scope]:
     """Within the block, calls of the modules in this thread or task belong to one run."""
     scope = Scope(tuple(float(t) for t in timesteps) if timesteps is not None else None)
     token = _open.set((*_open.get(), (frozenset(map(id, modules)), scope)))

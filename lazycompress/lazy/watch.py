@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
 from ..plan.record import Reading
+from ..sampling import NotCalledError
 from .calls import Call, Reader
 from .images import EQUAL
 from .prints import Eye, Print
@@ -69,14 +69,14 @@ class Watch:
         """Calls with the same latents: more than one is guidance in calls that take turns."""
         return 1 + max(reading.stream for reading in self.calls)
 
-    def done(self, model: str) -> None:
+    def done(self) -> None:
         """After the run.
 
         Raises:
-            InputError: the model was not called.
+            NotCalledError: the model was not called.
         """
         if not self.calls:
-            raise InputError(f"the sampler returned without calling {model}")
+            raise NotCalledError("the sampler returned without calling the model it was given")
 
     def _see(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         call = self.reader.read(args, kwargs)

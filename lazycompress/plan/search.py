@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+
+from ..errors import InputError
 from .calibration import Calibration, Floats
-from .plan import Plan
+from .move import Reach, moved
+from .plan import HIGHEST_ORDER, Plan, even
+from .price import Bools, Ints, Pricing
 
-#: `reach(timesteps)`: how far an error of each call's output gets into the final latents, for these calls: float64 [T].
-Reach = Callable[[Sequence[float]], Floats]
+__all__ = ["Guards", "Reach", "plan_for", "plans_for", "predict"]
+
+#: Chains of each order that look at once.
+CHAINS = 12
+
+#: Exchanges that each chain tries.
+ROUNDS = 1500
+
+#: A chain begins by accepting what is worse by this factor's logarithm about as often as not; it ends with a hundredth.
+HEAT = 0.5
+
+#: Exchanges with a call this near are tried most.
+NEAR = 3
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What a plan has to keep to.
+
+    Attributes:
+        first, last: calls that compute at the beginning and at the end; of each stream the first one computes anyway.
+        max_reuse: calls of a stream in a row that compute nothing, at most; more only where the target leaves no choice.
+    """
+
+    first: int = 1
+    last: int = 0
+    max_reuse: int = 8
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.last < 0 or self.max_reuse < 1:
+            raise InputError(
+                f"guards: first and last are at least 0 and max_reuse at least 1; there were {self.first}, {self.last} "
+                f"and {self.max_reuse}"
+            )
 
 
 def plan_for(
@@ -40,9 +79,157 @@ def plan_for(
     Raises:
         InputError: a target outside (0, 1], timesteps that are not finite, or guards that the target does not leave room for.
     """
-    raise NotImplementedError
+    there = moved(calibration, timesteps, streams, reach)
+    guards = Guards(first, last, max_reuse)
+    return plans_for(there, target, orders=orders, guards=guards, seed=seed)[0]
 
 
 def predict(calibration: Calibration, plan: Plan, *, reach: Reach | None = None) -> Floats:
     """Mean squared error of the final latents that a plan is priced at, for each image of the calibration: float64 [B]."""
-    raise NotImplementedError
+    return Pricing.of(moved(calibration, plan.timesteps, plan.streams, reach)).plan(plan)
+
+
+def plans_for(
+    calibration: Calibration,
+    target: float,
+    *,
+    orders: Sequence[int] = (0, 1, 2),
+    guards: Guards | None = None,
+    count: int = 1,
+    seed: int = 0,
+) -> list[Plan]:
+    """The best plans found for a calibration's own calls, best first, each different in a few calls at least.
+
+    Args:
+        calibration, target, orders, seed: see `plan_for`.
+        guards: that the plans keep to.
+        count: plans to give, at most.
+    """
+    if not 0 < target <= 1:
+        raise InputError(f"target is a share of the calls, above 0 and at most 1; there was {target!r}")
+    if not orders or not set(orders) <= set(range(HIGHEST_ORDER + 1)):
+        raise InputError(f"orders of the forecast are 0, 1 and 2; there were {list(orders)}")
+    guards = guards or Guards()
+    streams = np.array(calibration.streams, dtype=np.int64)
+    calls = len(streams)
+    computed = max(1, math.floor(target * calls + 1e-9))
+    fixed = _fixed(streams, guards)
+    if fixed.sum() > computed:
+        raise InputError(
+            f"target {target:g} leaves {computed} of {calls} calls to compute, and {fixed.sum()} have to (first "
+            f"{guards.first}, last {guards.last}, {len(set(calibration.streams))} streams): raise the target"
+        )
+    pricing = Pricing.of(calibration).mean()
+    rng = np.random.default_rng(seed)
+    found: list[tuple[float, int, Bools]] = []
+    for order in sorted(set(orders)):
+        start = _begin(calibration, target, computed, order, fixed)
+        found += [
+            (error, order, plan) for error, plan in _Search(pricing, order, fixed, streams, guards, rng).run(start)
+        ]
+    found.sort(key=lambda entry: entry[0])
+    chosen: list[tuple[float, int, Bools]] = []
+    for entry in found:
+        if all((entry[2] != other[2]).sum() > 2 for other in chosen if other[1] == entry[1]):
+            chosen.append(entry)
+        if len(chosen) == count:
+            break
+    return [
+        Plan(calibration.timesteps, tuple(bool(c) for c in plan), order, calibration.streams)
+        for _, order, plan in chosen
+    ]
+
+
+def evens(calibration: Calibration, target: float, orders: Sequence[int] = (1, 2)) -> list[Plan]:
+    """Even plans of a calibration's calls, at most at this share, one for each order: every stream by itself."""
+    found = []
+    for order in orders:
+        computes = np.zeros(len(calibration.streams), dtype=bool)
+        for stream in set(calibration.streams):
+            own = np.flatnonzero(np.array(calibration.streams) == stream)
+            computes[own] = even([float(k) for k in own], target).computes
+        found.append(Plan(calibration.timesteps, tuple(bool(c) for c in computes), order, calibration.streams))
+    return found
+
+
+def _fixed(streams: Ints, guards: Guards) -> Bools:
+    """Calls that always compute."""
+    calls = np.arange(len(streams))
+    fixed = (calls < guards.first) | (calls >= len(streams) - guards.last)
+    for stream in np.unique(streams):
+        fixed[np.flatnonzero(streams == stream)[0]] = True
+    return np.asarray(fixed)
+
+
+def _begin(calibration: Calibration, target: float, computed: int, order: int, fixed: Bools) -> Bools:
+    """The even plan, with the calls that always compute, and as many as may be computed."""
+    (plan,) = evens(calibration, target, (order,))
+    computes = np.array(plan.computes) | fixed
+    loose = np.flatnonzero(computes & ~fixed)
+    excess = int(computes.sum()) - computed
+    if excess > 0:
+        computes[loose[np.linspace(0, len(loose) - 1, excess).round().astype(int)]] = False
+    idle = np.flatnonzero(~computes)
+    if excess < 0:
+        computes[idle[np.linspace(0, len(idle) - 1, -excess).round().astype(int)]] = True
+    return computes
+
+
+class _Search:
+    """Chains that exchange a computed call for another one, and by and by accept less of what is worse (annealing)."""
+
+    def __init__(
+        self, pricing: Pricing, order: int, fixed: Bools, streams: Ints, guards: Guards, rng: np.random.Generator
+    ) -> None:
+        self._pricing, self._order, self._fixed, self._rng = pricing, order, fixed, rng
+        self._own = [np.flatnonzero(streams == stream) for stream in np.unique(streams)]
+        self._max_reuse = guards.max_reuse
+
+    def run(self, start: Bools) -> list[tuple[float, Bools]]:
+        """The best plan of each chain with its error."""
+        plans = np.repeat(start[None], CHAINS, axis=0)
+        if not (start & ~self._fixed).any() or start.all():
+            return [(float(self._pricing.error(plans[:1], self._order)[0]), start)]
+        limit = np.maximum(self._longest(start[None])[0], self._max_reuse)
+        cost = self._log(plans)
+        best, best_cost = plans.copy(), cost.copy()
+        for k in range(ROUNDS):
+            tried = self._exchanged(plans)
+            allowed = (self._longest(tried) <= limit).all(axis=1)
+            new = self._log(tried)
+            heat = HEAT * 0.01 ** (k / ROUNDS)
+            with np.errstate(over="ignore"):
+                taken = allowed & (self._rng.random(len(plans)) < np.exp(np.minimum(0.0, (cost - new) / heat)))
+            plans[taken], cost[taken] = tried[taken], new[taken]
+            better = cost < best_cost
+            best[better], best_cost[better] = plans[better], cost[better]
+            if k == ROUNDS // 2:  # chains that lag behind go on from the best
+                behind = np.argsort(best_cost)[CHAINS // 2 :]
+                plans[behind], cost[behind] = best[best_cost.argmin()], best_cost.min()
+        return [(float(np.exp(c)), plan) for c, plan in zip(best_cost, best, strict=True)]
+
+    def _log(self, plans: Bools) -> Floats:
+        return np.asarray(np.log(self._pricing.error(plans, self._order) + 1e-300))
+
+    def _exchanged(self, plans: Bools) -> Bools:
+        """One computed call of each plan for one that was not: a near one, mostly."""
+        many, calls = plans.shape
+        chances = self._rng.random((2, many, calls))
+        stops = np.where(plans & ~self._fixed, chances[0], -1.0).argmax(axis=1)
+        away = np.abs(np.arange(calls)[None] - stops[:, None])
+        near = (away <= NEAR) & (self._rng.random((many, 1)) < 0.7)
+        starts = np.where(plans, -2.0, chances[1] + near).argmax(axis=1)
+        tried = plans.copy()
+        rows = np.arange(many)
+        tried[rows, stops] = False
+        tried[rows, starts] = True
+        return tried
+
+    def _longest(self, plans: Bools) -> Ints:
+        """Calls in a row that compute nothing, the most of each stream: int64 [M, streams]."""
+        found = []
+        for own in self._own:
+            position = np.arange(len(own))
+            last = np.maximum.accumulate(np.where(plans[:, own], position, 0), axis=1)
+            found.append((position - last).max(axis=1))
+        return np.stack(found, axis=1)

@@ -93,7 +93,11 @@ def stages(model: nn.Module, sampler: Sampler, effort: float) -> dict[str, Calla
 
     def apply(recipe: str, **overrides: Any) -> LazyModel:
         lazy: LazyModel = lazycompress.apply(
-            model, recipe, sampler=sampler, overrides={"train.effort": effort, **overrides}, progress=False
+            model,
+            recipe,
+            sampler=sampler,
+            overrides={"units": "branches", "train.effort": effort, **overrides},
+            progress=False,
         )
         return lazy
 

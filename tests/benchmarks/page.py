@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lazycompress.files import write_file
+
 #: A bar of progress, with what has been done and how long it took: no result.
 _BAR = re.compile("━.* • ")
 
@@ -42,7 +44,7 @@ def written(page: Path | None, name: str) -> Iterator[None]:
     lines = [line.rstrip() for line in kept.getvalue().splitlines() if not _BAR.search(line)]
     body = "\n".join([f"`{command}` on {machine()}:\n", "```text", *lines, "```\n"])
     text = page.read_text(encoding="utf-8")
-    page.write_text(marks.sub(lambda found: f"{found[1]}{body}{found[2]}", text), encoding="utf-8")
+    write_file(page, marks.sub(lambda found: f"{found[1]}{body}{found[2]}", text), f"<!-- {name} -->")
 
 
 def machine() -> str:

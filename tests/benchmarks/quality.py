@@ -234,7 +234,7 @@ PAPER = {"train.method": "paper", "forecast": 0, "guards.max_reuse": 1000}
 def train(case: Case, model: nn.Module, overrides: dict[str, Any]) -> tuple[LazyModel, dict[str, float]]:
     """A trained model, and what training cost: seconds, and forward passes per step of every sampling run it made."""
     started = time.process_time()
-    lazy = lazycompress.apply(model, case.recipe, overrides=overrides, progress=False)
+    lazy = lazycompress.apply(model, case.recipe, overrides={"units": "branches", **overrides}, progress=False)
     seconds = time.process_time() - started
     report = lazy.training_report
     by_time = per_step(case, model, lazy) if report.runs else float("nan")
@@ -264,7 +264,9 @@ def least_seconds(work: Callable[[], object], times: int = 4) -> float:
 def measure_cost(case: Case, rows: list[Path]) -> None:
     """What a step of a training run costs, measured apart: on a busy machine it comes out too high."""
     model = case.build()
-    lazy = lazycompress.apply(model, case.recipe, overrides={"train.enabled": False}, progress=False)
+    lazy = lazycompress.apply(
+        model, case.recipe, overrides={"units": "branches", "train.enabled": False}, progress=False
+    )
     lazy.set_gates(lazy.gates.like(order=lazy.recipe.forecast, static=1))
     found = per_step(case, model, lazy)
     print(f"{case.name}: a step of a training run takes {found:.2f} times as long as a dense forward pass", flush=True)

@@ -181,7 +181,7 @@ acts = st.lists(
 )
 
 
-@quick
+@settings(quick, max_examples=25)
 @given(acts)
 @example(
     [("policy", "compute"), ("call", 2, 900.0, 1), ("call", 2, 600.0, 1), ("call", 0, 600.0, 1), ("call", 3, 600.0, 4)]

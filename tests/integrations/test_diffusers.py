@@ -42,7 +42,7 @@ def make_lazy(name: str, train: bool = False, **recipe: Any) -> tuple[Any, np.nd
     specimen = PIPELINES[name]
     pipe = specimen.make()
     dense = sample(pipe, specimen.call)
-    plan = {"target": 0.6, "train": {"enabled": train, "effort": 0.25}, **recipe}
+    plan = {"target": 0.6, "units": "branches", "train": {"enabled": train, "effort": 0.25}, **recipe}
     found = lazycompress.apply(pipe, plan, call_kwargs={**specimen.call, "num_inference_steps": STEPS}, progress=False)
     assert found is pipe
     return pipe, dense
@@ -128,7 +128,7 @@ def test_two_denoisers_are_both_made_lazy() -> None:
     pipe.register_modules(transformer_2=make_wan().transformer)
     pipe.register_to_config(boundary_ratio=0.7)
     dense = sample(pipe, PIPELINES["wan"].call)
-    lazycompress.apply(pipe, {"train": {"enabled": False}}, call_kwargs=call, progress=False)
+    lazycompress.apply(pipe, {"units": "branches", "train": {"enabled": False}}, call_kwargs=call, progress=False)
     set_policy(pipe, "compute")
     assert np.array_equal(sample(pipe, PIPELINES["wan"].call), dense)
     assert list(lazy_denoisers(pipe)) == ["transformer", "transformer_2"]
@@ -139,6 +139,7 @@ def test_two_denoisers_are_both_made_lazy() -> None:
 
 def test_the_recipe_says_what_to_sample() -> None:
     recipe = {
+        "units": "branches",
         "target": 0.7,
         "train": {"effort": 0.25},
         "pipeline": {"class_labels": [1, 2, 3], "batch": 2, "call": {"num_inference_steps": 5, "guidance_scale": 1.0}},

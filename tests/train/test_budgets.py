@@ -21,7 +21,7 @@ from lazycompress.train.budget import Budget
 from lazycompress.train.latents import RealLatents
 from lazycompress.train.paper import _distance, set_threshold
 
-QUICK = {"train.effort": 0.1, "sampling.steps": 10, "sampling.batch": 4}
+QUICK = {"units": "branches", "train.effort": 0.1, "sampling.steps": 10, "sampling.batch": 4}
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "guards.max_reuse": 1000}
 
 

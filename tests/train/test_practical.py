@@ -21,6 +21,7 @@ from lazycompress.integrations.digits.model import WEIGHTS_DIR, load_bundled
 from lazycompress.recipe import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import build_sampler
+from lazycompress.train import checkpoint as checkpoints
 from lazycompress.train import memory, runs
 from lazycompress.train.checkpoint import Checkpoint, fingerprint
 from lazycompress.train.distributed import Group
@@ -28,7 +29,7 @@ from lazycompress.train.memory import bytes_of_a_call, check_memory, training_mo
 from lazycompress.train.trajectory import linearise
 from tests.conftest import two_blocks
 
-QUICK = {"train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
+QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "train.effort": 0.06}
 
 
@@ -88,7 +89,7 @@ def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
     same_gates(whole, resumed)
     assert resumed.training_report.history == whole.training_report.history
     assert resumed.training_report.forwards == whole.training_report.forwards
-    runs_of_whole = len(list((tmp_path / "kept").glob("*.pt")))
+    runs_of_whole = len(list((tmp_path / "kept").glob("*.safetensors")))
     assert runs_of_whole > whole.training_report.runs
     assert left == runs_of_whole - made
 
@@ -132,13 +133,13 @@ def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys:
     program = [sys.executable, "-c", "from lazycompress.cli import main; import sys; main(sys.argv[1:])", *arguments]
     process = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     try:
-        while len(list(kept.glob("*.pt"))) < 3 and process.poll() is None:
+        while len(list(kept.glob("*.safetensors"))) < 3 and process.poll() is None:
             time.sleep(0.02)
     finally:
         process.kill()
     assert process.wait() != 0, "it ended before it could be killed"
     assert not gates.exists()
-    files = {path: path.stat().st_mtime_ns for path in kept.glob("*.pt")}
+    files = {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
     main([*arguments, "--resume"])
     report = json.loads(capsys.readouterr().out)
     assert report["macs_ratio"] <= 0.5
@@ -155,12 +156,17 @@ def test_without_resume_the_command_line_begins_anew(tmp_path: Path, capsys: pyt
     gates = tmp_path / "gates"
     kept = tmp_path / "gates.training"
     kept.mkdir()
-    (kept / "about.json").write_text("{}")
+    (kept / "about.json").write_text("{}")  # which may be somebody else's
     options = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
     arguments = ["apply", "--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml", *options, "--json", str(gates)]
     with pytest.raises(SystemExit):
         main([*arguments, "--resume"])
     assert "does not describe a training" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "does not describe a training" in capsys.readouterr().err
+    (kept / "about.json").unlink()
+    Checkpoint(kept, {"lazycompress": "1", "recipe": {}, "model": "m", "timesteps": []}).put("run", 1.0)
     main(arguments)
     assert not kept.exists()
 
@@ -213,11 +219,11 @@ def test_what_was_kept_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest
     assert checkpoint.get("a")["x"].tolist() == [0, 1, 2]
     assert checkpoint.get("b") is None
 
-    def torn(value: Any, path: str) -> None:
-        Path(path).write_bytes(b"half of")
+    def torn(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half of")
         raise CutOff
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(checkpoints, "write_tensors", torn)
     with pytest.raises(CutOff):
         checkpoint.put("b", 1)
     with pytest.raises(CutOff):

@@ -20,7 +20,7 @@ from lazycompress.train.schedule import Limits, Planner, run_lengths
 from lazycompress.train.trajectory import Effects, linearise, run
 from lazycompress.train.whole import of_whole, together
 
-QUICK = {"train.effort": 0.25, "sampling.steps": 12, "sampling.batch": 8}
+QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 12, "sampling.batch": 8}
 
 
 @pytest.fixture

@@ -1,0 +1,83 @@
+"""Results of a calibration's runs in a folder, so that one that was cut off goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from ..errors import ExportError, InputError
+from .calibration import Floats
+
+ABOUT_FILE = "about.json"
+
+
+class Kept:
+    """Arrays by name, in a folder; of no folder, nothing is kept. Files appear whole or not at all.
+
+    Args:
+        folder: where; made if it is not there.
+        about: what the results depend on: flat keys and values that JSON has.
+
+    Raises:
+        InputError: the folder keeps another calibration, or something else.
+        ExportError: it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        path = self.folder / ABOUT_FILE
+        if not path.is_file():
+            self._write(path, json.dumps(about, indent=1).encode())
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{path} does not describe a calibration; choose another folder")
+        now = json.loads(json.dumps(about))
+        for key in sorted(set(found) | set(now)):
+            if found.get(key) != now.get(key):
+                raise InputError(
+                    f"{self.folder} keeps another calibration: {key} was {found.get(key)!r}, now it is {now.get(key)!r}; "
+                    "delete the folder, or choose another one"
+                )
+
+    def get(self, name: str) -> dict[str, Floats] | None:
+        """What was kept under this name.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        if self.folder is None or not (path := self.folder / f"{name}.safetensors").is_file():
+            return None
+        try:
+            return {key: value.astype(np.float64) for key, value in load(path.read_bytes()).items()}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}; delete it") from None
+
+    def put(self, name: str, arrays: Mapping[str, Floats]) -> None:
+        """Keep arrays."""
+        if self.folder is not None:
+            values = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+            self._write(self.folder / f"{name}.safetensors", save(values))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(beside, path)
+        except OSError as error:
+            raise ExportError(f"cannot write {path}: {error.strerror}; choose another folder") from None

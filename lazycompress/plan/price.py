@@ -1,0 +1,124 @@
+"""What plans cost in error, by a calibration: thousands a second.
+
+    error(plan) = sum over windows r of v_r' K v_r,     v_r = sum over calls t of phi_r(t) gain(t) reach(t) (A[t] - e_t)
+
+`A[t]` are the weights with which call t is forecast from the computed ones (e_t where it computes) and `K` is the Gram matrix
+of the predictions. Errors of calls near in time add up as they are; those far apart come out of the model in directions of
+their own, so that they cannot be counted on to cancel: the windows `phi_r`, whose squares add up to one, say what is near.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .calibration import Calibration, Floats
+from .plan import Plan
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+#: Windows over the loop.
+WINDOWS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Pricing:
+    """Prices plans of one loop. T calls.
+
+    Attributes:
+        timesteps: of the calls, float64 [T].
+        streams: of the calls, int64 [T].
+        reacted: gain times reach, float64 [T].
+        gram: mean product of the elements of the predictions of two calls, float64 [T, T], or of each image [B, T, T].
+    """
+
+    timesteps: Floats
+    streams: Ints
+    reacted: Floats
+    gram: Floats
+
+    @staticmethod
+    def of(calibration: Calibration) -> Pricing:
+        """With the Gram matrix of each image."""
+        return Pricing(
+            np.array(calibration.timesteps),
+            np.array(calibration.streams, dtype=np.int64),
+            calibration.reach * calibration.gain,
+            calibration.gram,
+        )
+
+    def mean(self) -> Pricing:
+        """With the mean over the images: what a search needs."""
+        return Pricing(self.timesteps, self.streams, self.reacted, self.gram.mean(axis=0))
+
+    def plan(self, plan: Plan) -> Floats:
+        """Mean squared error of the final latents: float64 [B]."""
+        return self.error(np.array([plan.computes]), plan.order)[0]
+
+    def error(self, computes: Bools, order: int) -> Floats:
+        """Of plans bool [M, T]: float64 [M], or [M, B] for a Gram matrix of each image."""
+        shifts = self.shifts(computes, order)
+        if self.gram.ndim == 2:
+            return np.asarray(((shifts @ self.gram) * shifts).sum(axis=(1, 2)).clip(0.0))
+        each = [((shifts @ gram) * shifts).sum(axis=(1, 2)) for gram in self.gram]
+        return np.asarray(np.stack(each, axis=1).clip(0.0))
+
+    def shifts(self, computes: Bools, order: int) -> Floats:
+        """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""
+        many, calls = computes.shape
+        windows = _windows(calls)
+        weighted = windows * self.reacted
+        found = np.zeros((len(windows), many * calls))
+        for stream in np.unique(self.streams):
+            own = np.flatnonzero(self.streams == stream)
+            points, weights = points_of(computes[:, own], self.timesteps[own], order)
+            rows = np.arange(many)[:, None] * calls
+            for point, weight in zip(points, weights, strict=True):
+                where = (rows + own[np.maximum(point, 0)]).ravel()
+                for r, phi in enumerate(weighted):
+                    found[r] += np.bincount(where, (weight * phi[own]).ravel(), many * calls)
+        return np.asarray(found.reshape(-1, many, calls).swapaxes(0, 1) - weighted)
+
+
+def points_of(computes: Bools, timesteps: Floats, order: int) -> tuple[list[Ints], list[Floats]]:
+    """The computed calls that each call is made of, and their weights: what `plan.forecast` says, for many plans at once.
+
+    Args:
+        computes: of calls of one stream, bool [M, n].
+        timesteps: of these calls, float64 [n].
+
+    Returns:
+        For each of `order + 1` points: positions int64 [M, n], -1 where there is none, and weights float64 [M, n].
+    """
+    calls = len(timesteps)
+    last = np.maximum.accumulate(np.where(computes, np.arange(calls), -1), axis=1)
+    # Of several calls at one time the last one counts: the next point is sought before the first of them.
+    starts = np.concatenate([[True], timesteps[1:] != timesteps[:-1]])
+    before = np.maximum.accumulate(np.where(starts, np.arange(calls), 0)) - 1
+    points = [last]
+    for _ in range(order):
+        at = np.where(points[-1] >= 0, before[points[-1]], -1)
+        points.append(np.where(at >= 0, np.take_along_axis(last, np.maximum(at, 0), axis=1), -1))
+    times = [timesteps[np.maximum(point, 0)] for point in points]
+    weights = []
+    for i, point in enumerate(points):
+        weight = np.where(point >= 0, 1.0, 0.0)
+        for j, other in enumerate(points):
+            if i != j:
+                use = (point >= 0) & (other >= 0)
+                gap = np.where(use, times[i] - times[j], 1.0)
+                weight = weight * np.where(use, (timesteps - times[j]) / gap, 1.0)
+        weights.append(weight)
+    return points, weights
+
+
+def _windows(calls: int) -> Floats:
+    """Overlapping windows over the calls, [windows, T]: the sum of their squares is 1."""
+    count = min(WINDOWS, calls)
+    if count < 2:
+        return np.ones((1, calls))
+    distance = np.abs(np.linspace(0, count - 1, calls) - np.arange(count)[:, None])
+    return np.where(distance < 1, np.cos(distance * np.pi / 2), 0.0)
