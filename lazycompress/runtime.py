@@ -139,13 +139,14 @@ class LazyModel(nn.Module):
 
     def _capture(self, call: Call, use: Callable[[Capture], _Result]) -> _Result:
         """What `use` makes of a capture of `call`, with dynamic sizes if all stages can do with them."""
-        captured = capture(self.model, call)
+        earlier = next((program.captured.way for programs in self._programs.values() for program in programs), None)
+        captured = capture(self.model, call, earlier=earlier)
         try:
             return use(captured)
         except Exception:
             if not captured.sizes.is_dynamic:
                 raise
-        return use(capture(self.model, call, sizes=False))
+        return use(capture(self.model, call, sizes=False, earlier=earlier))
 
     # -- what the original model has ------------------------------------------------------------------------------
 

@@ -97,6 +97,21 @@ class Call:
         return arguments | {name: list(arguments[name].unbind(0)) for name in self.lists}
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to export.
+
+    The batch dynamic or that of the call, the sizes too, Python bytecode traced or not, host reads fixed or not, some
+    modules not traced.
+    """
+
+    dynamic: bool = True
+    sizes: bool = False
+    strict: bool = False
+    reads: bool = False
+    opaque: tuple[str, ...] = ()
+
+
 @dataclass
 class Capture:
     """A dense FX graph of one call: placeholders in the order of `leaves`, one flat tuple of tensors as output.
@@ -106,6 +121,7 @@ class Capture:
         batch: the batch size of the examples, which the hints of dynamic sizes refer to.
         fixed_batch: the only batch size that the graph can run, or None if it is dynamic.
         reads: values that the model reads on the host and that were fixed, or None.
+        way: how the model was exported.
     """
 
     graph_module: fx.GraphModule
@@ -117,6 +133,7 @@ class Capture:
     notes: list[str] = field(default_factory=list)
     fixed_batch: int | None = None
     reads: HostReads | None = None
+    way: Way = Way()
 
     def serves(self, call: Call) -> bool:
         """Whether this capture can run a call of the same key: its batch, its sizes, and the values that were fixed."""
@@ -202,7 +219,7 @@ def _batch_dim(tensor: Tensor, batch: int, tensors: Sequence[Tensor]) -> int | N
     return 1 if tensor.dim() >= 4 and tensor.shape[1] == batch > 1 else None
 
 
-def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
+def capture(model: nn.Module, call: Call, sizes: bool = True, earlier: Way | None = None) -> Capture:
     """Export `model` for calls like `call`, with a dynamic batch and dynamic sizes where the model allows them.
 
     The model is exported as it is (shared weights, not copied) and left unchanged. The ways of `torch.export` are tried
@@ -214,20 +231,23 @@ def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
         model: the dense model.
         call: one of its calls.
         sizes: whether to try with dynamic sizes; the batch is dynamic anyway.
+        earlier: the way of an earlier capture of the same model, tried first: all others before it have failed.
 
     Raises:
         CaptureError: names the operation and the source line of the model that `torch.export` stopped at.
     """
     failures: list[Exception] = []
     unsettled: Capture | None = None
-    ways = [
-        *([_Way(sizes=True)] if sizes else []),
-        _Way(),
-        _Way(strict=True),
-        _Way(reads=True),
-        _Way(dynamic=False),
-        _Way(dynamic=False, reads=True),
+    known = [
+        *([] if earlier is None else [earlier]),
+        Way(sizes=True),
+        Way(),
+        Way(strict=True),
+        Way(reads=True),
+        Way(dynamic=False),
+        Way(dynamic=False, reads=True),
     ]
+    ways = [way for way in dict.fromkeys(known) if sizes or not way.sizes]
     while ways:
         way = ways.pop(0)
         if way.dynamic and any(isinstance(failure, _BatchIsFixedError) for failure in failures):
@@ -236,7 +256,7 @@ def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
             continue
         try:
             with untouched(model), evaluating(model):
-                captured = _export(model, call, way, warm=bool(failures))
+                captured = _export(model, call, way, warm=bool(failures) or way == earlier)
         except Exception as error:  # torch.export raises errors of many classes
             if way.sizes and not isinstance(error, _BatchIsFixedError):
                 continue  # what stops it with fixed sizes too says more
@@ -263,33 +283,18 @@ def _telling(failures: Sequence[Exception]) -> Exception:
     return next((f for f in failures if not isinstance(f, _BatchIsFixedError)), failures[0])
 
 
-def _opaque_ways(model: nn.Module, failures: list[Exception], way: _Way) -> list[_Way]:
+def _opaque_ways(model: nn.Module, failures: list[Exception], way: Way) -> list[Way]:
     """What is left to try: the modules that stopped `torch.export` left out of the trace."""
     found = [untraceable(model, failure) for failure in (failures if not way.opaque else failures[-1:])]
     paths = [path for path in next(filter(None, found), []) if path not in way.opaque]
-    return [_Way(opaque=(*way.opaque, *paths)), _Way(dynamic=False, opaque=(*way.opaque, *paths))] if paths else []
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One way to export.
-
-    The batch dynamic or that of the call, the sizes too, Python bytecode traced or not, host reads fixed or not, some
-    modules not traced.
-    """
-
-    dynamic: bool = True
-    sizes: bool = False
-    strict: bool = False
-    reads: bool = False
-    opaque: tuple[str, ...] = ()
+    return [Way(opaque=(*way.opaque, *paths)), Way(dynamic=False, opaque=(*way.opaque, *paths))] if paths else []
 
 
 class _BatchIsFixedError(Exception):
     """The model's own code allows only the batch size of the example."""
 
 
-def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
+def _export(model: nn.Module, call: Call, way: Way, warm: bool) -> Capture:
     adapter = _Adapter(model, call)
     tensors = _spread_batch(call) if way.dynamic else list(call.tensors)
     dims = [[leaf.batch_dim] if leaf.batch_dim is not None else [] for leaf in call.leaves]
@@ -347,7 +352,16 @@ def _export(model: nn.Module, call: Call, way: _Way, warm: bool) -> Capture:
     batch = tensors[call.latents].shape[0] if way.dynamic else call.batch
     spec = adapter.output_spec(tensors)
     return Capture(
-        graph_module, call.leaves, call.latents, taken, batch, spec, notes, None if way.dynamic else call.batch, reads
+        graph_module,
+        call.leaves,
+        call.latents,
+        taken,
+        batch,
+        spec,
+        notes,
+        None if way.dynamic else call.batch,
+        reads,
+        way,
     )
 
 

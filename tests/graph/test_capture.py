@@ -307,6 +307,32 @@ def test_experts_read_on_the_host_run_untraced_inside_their_branch(
         trace(lazy)
 
 
+class BatchOfTheExample(Tokens):
+    """Goes through its samples one by one: its batch is no size that a graph could leave open."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        return torch.stack([super(BatchOfTheExample, self).embed(x[k]) for k in range(x.shape[0])])
+
+
+def test_another_batch_goes_the_way_of_the_first_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many ways of exporting had to fail first, they fail once."""
+    exports: list[bool] = []
+    export = torch.export.export
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        exports.append(True)
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    model = built(BatchOfTheExample)()
+    lazy = wrap(model, (), inputs(2))
+    lazy.policy = "compute"
+    first = len(exports)
+    assert first > 1
+    assert torch.equal(dense(lazy, inputs(3)), dense(model, inputs(3)))
+    assert len(exports) == first + 1
+
+
 class WholeBlock(PreNormBlock):
     """A block that reads its tokens on the host, so that its joins cannot be seen either."""
 
