@@ -127,7 +127,7 @@ def _place(table: Timetable, time: Symbol) -> _Place:
         nowhere = time.equals(time).where(0.0, 0.0)
         return _Place(nowhere, nowhere)
     begins, gaps = times[:-1].reshape(1, 1, -1), np.diff(times).reshape(1, 1, -1)
-    passed = ((time + -begins) / gaps).clip(0.0, 1.0)
+    passed = ((time + -begins) * (1 / gaps)).clip(0.0, 1.0)
     return _Place(passed.sum(2, keep=True), (passed * table.density[:-1].reshape(1, 1, -1)).sum(2, keep=True))
 
 
