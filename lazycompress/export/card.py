@@ -29,9 +29,9 @@ def read_card(directory: str | Path) -> dict[str, Any]:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}") from None
-    if not isinstance(card, dict) or not {"denoisers", "branches"} & card.keys():
+    if not isinstance(card, dict) or not {"denoisers", "branches", "plan"} & card.keys():
         raise ExportError(
-            f"{path} says nothing of branches or denoisers: it is not what an export writes; export again"
+            f"{path} says nothing of branches, a plan or denoisers: it is not what an export writes; export again"
         )
     return card
 

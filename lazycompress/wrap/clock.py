@@ -85,7 +85,7 @@ def planned(table: Timetable, stream: Columns, now: Symbol) -> tuple[Symbol, Sym
     before, at = _place(table, stream.now), _place(table, now)
     passed = at.calls - before.calls
     share = (passed > _ROUNDING).where((at.computed - before.computed) / passed, table.share)
-    due = (stream.due + share).clip(0.0, 1.0)
+    due = stream.due + share
     near = _near(table, at)
     listed = near.any(2, keep=True) & ((passed + -1.0).abs() <= _CLOSE)
     computes = (near & near.like(table.computes.reshape(1, 1, -1))).any(2, keep=True)

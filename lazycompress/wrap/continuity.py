@@ -30,7 +30,10 @@ PRINT = 3
 
 
 def print_of(rows: Symbol) -> Symbol:
-    """By what rows [rows, values] are known again, [rows, 3]: the square of the norm, and two sums with weights that repeat nowhere."""
+    """By what rows [rows, values] are known again, [rows, 3].
+
+    The square of the norm, and two sums with weights that repeat nowhere.
+    """
     places = rows.size(1).counted()
     found = [(rows * rows).sum(1, keep=True)]
     for period, step in _PERIODS:
@@ -75,7 +78,9 @@ def unexplained(latents: Symbol, past: Past, streams: int, depth: int, crop: Seq
     """
     vectors = past.latents.insert(2)
     outputs = past.outputs
-    for axis in crop if outputs is not None else ():
+    for axis in crop:
+        if outputs is None:
+            break
         size = latents.size(axis)._node("Min", outputs.size(axis + 2))
         latents, vectors = latents.first(size, axis), vectors.first(size, axis + 2)
         outputs = outputs.first(size, axis + 2)

@@ -168,7 +168,8 @@ def _denoisers(source: Path, options: Options) -> list[Path]:
                 raise InputError(f"{found[0].parent} holds several denoisers: name one of {', '.join(map(str, found))}")
             return found
     raise InputError(
-        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and its timestep_input"
+        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and pass "
+        "timestep_input"
     )
 
 
