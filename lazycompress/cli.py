@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   lazycompress apply --model my_dit/ --recipe mine.yaml --set target=0.4 gates/
   lazycompress export --model my_dit/ --gates gates/ --format openvino out/
   lazycompress export --model my_sd3/ --set pipeline.prompts='[a cat, a red car]' out/
+  lazycompress wrap openvino_model.xml lazy/ --plan plan.json
   lazycompress verify out/
   lazycompress summary out/
 
@@ -99,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--telemetry", action="store_true", help="add an output with the decisions of each step")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("directory", type=Path, help="where to write")
+
+    wrap = command("wrap", _wrap, "make an OpenVINO or ONNX denoiser lazy that exists as a file")
+    wrap.add_argument("model", type=Path, help="a .xml or .onnx file, or a folder of a model or a pipeline")
+    wrap.add_argument("directory", type=Path, help="where to write")
+    wrap.add_argument(
+        "--plan", type=Path, required=True, metavar="FILE",
+        help="JSON with the plan: timesteps, computes (true or false for each), order (0, 1 or 2)",
+    )  # fmt: skip
+    wrap.add_argument("--timestep-input", metavar="NAME", help="the timestep's name (default: found by its name)")
+    wrap.add_argument(
+        "--moving", action="append", default=[], metavar="NAME", help="an input that changes within an image"
+    )
+    wrap.add_argument("--streams", type=int, default=2, help="images or passes that may take turns (default: 2)")
+    wrap.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
     verify = command("verify", _verify, "run an exported folder again on its recorded calls and compare with torch")
     verify.add_argument("directory", type=Path)
@@ -280,6 +295,17 @@ def _export(options: argparse.Namespace) -> None:
     print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
 
 
+def _wrap(options: argparse.Namespace) -> None:
+    from .wrap.folder import wrap
+    from .wrap.plans import read_plan
+
+    folder = wrap(
+        options.model, read_plan(options.plan), options.directory, timestep_input=options.timestep_input,
+        moving=options.moving, streams=options.streams, overwrite=options.overwrite,
+    )  # fmt: skip
+    print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
+
+
 def _verify(options: argparse.Namespace) -> None:
     from .export.check import verify_all
 
@@ -311,6 +337,12 @@ def _summary(options: argparse.Namespace) -> None:
     for folder, card in zip(folders, cards, strict=True):
         if folder != options.directory:
             print(folder.name)
+        if "plan" in card:
+            plan = card["plan"]
+            print(
+                f"{card['format']}, wrapped: a plan of {len(plan['computes'])} calls, {card['share']:.1%} of them computed"
+            )
+            continue
         table = Table(
             title=f"{card['format']}, {len(card['branches'])} branches, {card['dense_macs'] / 1e6:.1f} MMACs a sample"
         )

@@ -93,7 +93,23 @@ class PipelineCard(_Card):
 
     pipeline: Name
     denoisers: list[Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,200}$")]] = Field(min_length=1, max_length=100)
-    loader: Literal["optimum.intel.OVDiffusionPipeline", "lazycompress.integrations.diffusers.load_exported"]
+    loader: Literal["optimum.intel.OVDiffusionPipeline", "lazycompress.integrations.diffusers.load_exported", "its own"]
+
+
+class WrappedCard(_Card):
+    """The card of one denoiser's file that was wrapped; see `wrap`."""
+
+    model: Name
+    plan: dict[str, Any]
+    share: float = Field(gt=0.0, le=1.0)
+    streams: int = Field(ge=1, le=2**16)
+    timestep: Name
+    latents: Name
+    conditions: list[Name] = Field(max_length=1000)
+    moving: list[Name] = Field(max_length=1000)
+    outputs: list[Name] = Field(min_length=1, max_length=1000)
+    clock: Any
+    versions: dict[str, str | None]
 
 
 class FileCard(_Card):
@@ -139,11 +155,12 @@ def read_card(directory: str | Path) -> dict[str, Any]:
     if not kind_of(path):
         raise ExportError(f"{directory} is no export of lazycompress: {CARD_FILE} is missing")
     card = read_object(path)
-    if not {"denoisers", "branches"} & card.keys():
+    if not {"denoisers", "branches", "plan"} & card.keys():
         raise ExportError(
-            f"{path} says nothing of branches or denoisers: it is not what an export writes; export again"
+            f"{path} says nothing of branches, a plan or denoisers: it is not what an export writes; export again"
         )
-    model: type[_Card] = PipelineCard if "denoisers" in card else FileCard
+    kinds: dict[str, type[_Card]] = {"denoisers": PipelineCard, "plan": WrappedCard, "branches": FileCard}
+    model = next(kind for key, kind in kinds.items() if key in card)
     return checked(card, model, path).model_dump(exclude_unset=True)
 
 

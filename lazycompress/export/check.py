@@ -232,6 +232,10 @@ def verify(directory: str | Path) -> Report:
         inner = ", ".join(str(path) for path in exports_in(folder))
         raise ExportError(f"{folder} is a pipeline, whose files are in folders of their own: verify {inner}")
     check_files(folder, card)
+    if "plan" in card:
+        raise ExportError(
+            f"{folder} holds a wrapped file, which keeps no recorded calls: compare it with the dense file"
+        )
     path = folder / CHECK_FILE
     parity = card.get("parity")
     if kind_of(path) != "file" or parity is None:

@@ -85,7 +85,7 @@ def planned(table: Timetable, stream: Columns, now: Symbol) -> tuple[Symbol, Sym
     before, at = _place(table, stream.now), _place(table, now)
     passed = at.calls - before.calls
     share = (passed > _ROUNDING).where((at.computed - before.computed) / passed, table.share)
-    due = (stream.due + share).clip(0.0, 1.0)
+    due = stream.due + share
     near = _near(table, at)
     listed = near.any(2, keep=True) & ((passed + -1.0).abs() <= _CLOSE)
     computes = (near & near.like(table.computes.reshape(1, 1, -1))).any(2, keep=True)
@@ -127,7 +127,7 @@ def _place(table: Timetable, time: Symbol) -> _Place:
         nowhere = time.equals(time).where(0.0, 0.0)
         return _Place(nowhere, nowhere)
     begins, gaps = times[:-1].reshape(1, 1, -1), np.diff(times).reshape(1, 1, -1)
-    passed = ((time + -begins) / gaps).clip(0.0, 1.0)
+    passed = ((time + -begins) * (1 / gaps)).clip(0.0, 1.0)
     return _Place(passed.sum(2, keep=True), (passed * table.density[:-1].reshape(1, 1, -1)).sum(2, keep=True))
 
 

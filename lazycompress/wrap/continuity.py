@@ -30,7 +30,10 @@ PRINT = 3
 
 
 def print_of(rows: Symbol) -> Symbol:
-    """By what rows [rows, values] are known again, [rows, 3]: the square of the norm, and two sums with uneven weights."""
+    """By what rows [rows, values] are known again, [rows, 3].
+
+    The square of the norm, and two sums with weights that repeat nowhere.
+    """
     places = rows.size(1).counted()
     found = [(rows * rows).sum(1, keep=True)]
     for period, step in _PERIODS:
@@ -75,7 +78,9 @@ def unexplained(latents: Symbol, past: Past, streams: int, depth: int, crop: Seq
     """
     vectors = past.latents.insert(2)
     outputs = past.outputs
-    for axis in crop if outputs is not None else ():
+    for axis in crop:
+        if outputs is None:
+            break
         size = latents.size(axis)._node("Min", outputs.size(axis + 2))
         latents, vectors = latents.first(size, axis), vectors.first(size, axis + 2)
         outputs = outputs.first(size, axis + 2)
@@ -96,11 +101,14 @@ def unexplained(latents: Symbol, past: Past, streams: int, depth: int, crop: Seq
 
     square = (pool * pool).sum(1)
     finite = (square > 0.0) & (rows.like(3e38) >= square)
-    scale = finite.where(square.sqrt(), 1.0)
-    products = finite.insert(1).where(finite.where(products, 0.0) / scale, 0.0) / scale.insert(1)
-    target = (finite.where(target, 0.0) / scale).insert(1)
+    unit = finite.where(square.like(1.0) / square.sqrt(), 0.0)
+    products = finite.insert(1).where(finite.where(products, 0.0) * unit, 0.0) * unit.insert(1)
+    target = (finite.where(target, 0.0) * unit).insert(1)
     total = (rows * rows).sum(1, keep=True).insert(1)
-    return (total - _explained(products, mask.where(target, 0.0), mask, total)) / total
+    flat = concat([rows.like(np.array([-1])), number], axis=0)
+    every_total = (mask.any(2, keep=True).where(0.0, 0.0) + total).reshape([-1, 1])
+    explained = _explained(products, mask.where(target, 0.0).reshape(flat), mask.reshape(flat), every_total)
+    return (total - explained.reshape([-1, streams, 1])) / total
 
 
 def _usable(rows: Symbol, past: Past, streams: int, count: int) -> Symbol:
@@ -122,25 +130,25 @@ def _usable(rows: Symbol, past: Past, streams: int, count: int) -> Symbol:
 
 
 def _explained(products: Symbol, target: Symbol, mask: Symbol, total: Symbol) -> Symbol:
-    """How much of a square is in the span of vectors: least squares by conjugate gradients on the normal equations.
+    """How much of squares is in the span of vectors: least squares by conjugate gradients on the normal equations; [rows, 1].
 
     Args:
         products: of the vectors, which have norm 1, [vectors, vectors].
-        target: products with what is to be explained, [batch, streams, vectors], 0 where masked.
+        target: products with what is to be explained, [rows, vectors], 0 where masked.
         mask: which vectors count.
-        total: the square, [batch, 1, 1].
+        total: the squares, [rows, 1].
     """
     rest = step = target
-    left = (rest * rest).sum(2, keep=True)
+    left = (rest * rest).sum(1, keep=True)
     explained = left * 0.0
     for _ in range(_STEPS):
-        moved = mask.where(step.matmul(products), 0.0)
-        curve = (step * moved).sum(2, keep=True)
-        going = (left > total * 1e-10) & (curve > (step * step).sum(2, keep=True) * 1e-7)
+        moved = mask.where(step.times(products), 0.0)
+        curve = (step * moved).sum(1, keep=True)
+        going = (left > total * 1e-10) & (curve > (step * step).sum(1, keep=True) * 1e-7)
         pace = going.where(left / curve, 0.0)
         explained = explained + pace * left
         rest = rest - pace * moved
-        after = (rest * rest).sum(2, keep=True)
+        after = (rest * rest).sum(1, keep=True)
         step = rest + step * going.where(after / left, 0.0)
         left = after
     return explained

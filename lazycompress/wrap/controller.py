@@ -138,7 +138,7 @@ class Controller:
             now=now,
             computed=stream.computed + counted,
             calls=stream.calls + 1.0,
-            due=goes_on.where(due - counted, 0.0).clip(0.0, 1.0),
+            due=goes_on.where(computes.where(due + -1.0, due), 0.0).clip(0.0, 1.0),
             age=goes_on.where(0.0, 0.0),
             times=computes.where(times, stream.times),
             seen=seen,

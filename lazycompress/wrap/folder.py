@@ -107,7 +107,10 @@ def wrap(
             for path in found:
                 _wrap_file(path, folder / path.relative_to(source), options)
             if [path.parent for path in found] != [source]:
-                seal(folder, EXPORT, {"denoisers": [path.parent.relative_to(source).as_posix() for path in found]})
+                kind = "openvino" if found[0].suffix == ".xml" else "onnx"
+                names = [path.parent.relative_to(source).as_posix() for path in found]
+                about = {"format": kind, "pipeline": source.name, "denoisers": names, "loader": "its own"}
+                seal(folder, EXPORT, about)
         return target
     if not source.is_file():
         raise InputError(f"there is no file {source}")
@@ -155,8 +158,8 @@ def _denoisers(source: Path, options: Options) -> list[Path]:
                 raise InputError(f"{found[0].parent} holds several denoisers: name one of {', '.join(map(str, found))}")
             return found
     raise InputError(
-        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and "
-        "its timestep_input"
+        f"neither {source} nor its sub-folders hold an OpenVINO IR or ONNX model with a timestep: name the file, and pass "
+        "timestep_input"
     )
 
 

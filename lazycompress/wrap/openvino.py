@@ -35,6 +35,17 @@ _DTYPES = {
     "int64": ov.Type.i64,
 }
 
+
+def _insert(value: Any, axes: list[int]) -> Any:
+    """New axes of size 1: as a Reshape, for Unsqueeze does not stay in float32."""
+    old = iter(range(value.get_partial_shape().rank.get_length()))
+    rank = value.get_partial_shape().rank.get_length() + len(axes)
+    sizes = ops.concat([ops.shape_of(value), ops.constant(np.array([1]))], 0)
+    picked = [-1 if axis in axes else next(old) for axis in range(rank)]
+    picked = [rank - len(axes) if k < 0 else k for k in picked]
+    return ops.reshape(value, ops.gather(sizes, ops.constant(np.array(picked)), ops.constant(np.int64(0))), False)
+
+
 _NODES: dict[str, Callable[..., Any]] = {
     "Add": ops.add,
     "Mul": ops.multiply,
@@ -59,14 +70,14 @@ _NODES: dict[str, Callable[..., Any]] = {
     "ArgMax": lambda x, axis: ops.topk(x, ops.constant(np.int64(1)), axis, "max", "value", "i64").output(1),
     "Shape": ops.shape_of,
     "Reshape": lambda x, shape: ops.reshape(x, shape, special_zero=True),
-    "Unsqueeze": ops.unsqueeze,
+    "Unsqueeze": lambda x, axes: _insert(x, axes.get_node().get_data().tolist()),
+    "Reciprocal": lambda x: ops.power(x, ops.constant(np.float32(-1))),
     "Expand": ops.broadcast,
     "Gather": lambda x, positions, axis: ops.gather(x, positions, ops.constant(np.int64(axis))),
     "Range": lambda start, stop, step: ops.range(start, stop, step, "i64"),
     "Concat": lambda *parts, axis: ops.concat(list(parts), axis),
-    "Slice": lambda x, start, stop, axes: ops.slice(x, start, stop, ops.constant(np.array([1])), axes),
-    "MatMul": lambda x, y: ops.matmul(x, y, False, False),
-    "Transpose": lambda x, perm: ops.transpose(x, ops.constant(np.array(perm))),
+    # In this form alone a product stays in float32: with a Transpose of its own, or of three dimensions, it does not (2026.4).
+    "Gemm": lambda x, y, transB: ops.matmul(x, y, False, bool(transB)),
     "Identity": lambda x: x,
 }
 

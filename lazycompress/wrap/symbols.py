@@ -58,8 +58,9 @@ class Symbol:
     def __mul__(self, other: Symbol | ArrayLike) -> Symbol:
         return self._node("Mul", other)
 
-    def __truediv__(self, other: Symbol | ArrayLike) -> Symbol:
-        return self._node("Div", other)
+    def __truediv__(self, other: Symbol) -> Symbol:
+        # So does a quotient.
+        return self * other._node("Reciprocal")
 
     def __mod__(self, other: int) -> Symbol:
         return self._node("Mod", np.array(other))
@@ -155,14 +156,11 @@ class Symbol:
 
     def first(self, count: Symbol, axis: int) -> Symbol:
         """The first slices along an axis; count: int64 [1]."""
-        return self._node("Slice", np.array([0]), count, np.array([axis]))
-
-    def matmul(self, other: Symbol) -> Symbol:
-        return self._node("MatMul", other)
+        return self.take(count.counted(), axis)
 
     def times(self, other: Symbol) -> Symbol:
         """Products of rows: [rows, values] and [others, values] give [rows, others]."""
-        return self.matmul(other._node("Transpose", perm=[1, 0]))
+        return self._node("Gemm", other, transB=1)
 
     def counted(self) -> Symbol:
         """0, 1, ... as far as this number, int64 [1], says."""

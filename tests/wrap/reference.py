@@ -81,6 +81,7 @@ class Reference:
         else:
             output = np.stack([self._forecast(stream) for stream in streams]).astype(np.float32)
         for b, stream in enumerate(streams):
+            stream.due = min(1.0, stream.due)
             stream.timestep = self._sign * float(timesteps[b])
             stream.latents = [latents[b], *stream.latents][:2]
             stream.used = self._calls
@@ -126,7 +127,7 @@ class Reference:
         passed = places[1] - places[0]
         computed = np.interp([before, time], times, self._passed[:-1])
         share = (computed[1] - computed[0]) / passed if passed > 1e-3 else self.plan.share
-        stream.due = min(1.0, stream.due + share)
+        stream.due += share
         k = round(float(places[1]))
         if abs(places[1] - k) <= 0.1 and abs(passed - 1) <= 0.1:
             return self.plan.computes[k]
