@@ -1,4 +1,4 @@
-"""A plan on disk: `plan.json`, plain JSON."""
+"""A plan on disk: `plan.json`, plain JSON, and the calibration that it came from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from torch import nn
 from .. import __version__
 from ..errors import ExportError, LazyCompressError
 from ..graph.capture import take_apart
+from ..plan.calibration import load_calibration, save_calibration
 from ..plan.plan import Plan
 from ..recipe import Recipe
 from ..storage import describe_call, made_up, whole_folder
 from .calls import Reader
 from .engine import Engine
-from .learn import Even
+from .learn import Search
 
 PLAN_FILE = "plan.json"
+
+#: Beside it, what plans for other budgets and timesteps are made from.
+CALIBRATION_FOLDER = "calibration"
 
 
 class Planned(Protocol):
@@ -53,8 +57,6 @@ class _File(BaseModel):
     timestep_input: str
     moving: list[str]
     known: list[str] | None
-    learned_at: list[float] | None
-    learned_streams: list[int] | None
     recipe: dict[str, Any] | None
     example: dict[str, Any] | None
 
@@ -83,8 +85,6 @@ def save_plan(lazy: Planned, directory: str | Path, module: nn.Module | None = N
         timestep_input=engine.reader.timestep,
         moving=sorted(engine.reader.moving),
         known=None if engine.reader.known is None else sorted(engine.reader.known),
-        learned_at=list(engine.planner.timesteps) if isinstance(engine.planner, Even) else None,
-        learned_streams=list(engine.planner.streams) if isinstance(engine.planner, Even) else None,
         # But for a folder of the machine that learned.
         recipe=None if recipe is None else recipe.with_checkpoint("").model_dump(mode="json"),
         example=example,
@@ -92,6 +92,8 @@ def save_plan(lazy: Planned, directory: str | Path, module: nn.Module | None = N
     with whole_folder(Path(directory)) as folder:
         text = json.dumps(file.model_dump(mode="json"), indent=2)
         (folder / PLAN_FILE).write_text(text + "\n", encoding="utf-8")
+        if isinstance(engine.planner, Search):
+            save_calibration(engine.planner.calibration, folder / CALIBRATION_FOLDER)
     return Path(directory)
 
 
@@ -118,7 +120,8 @@ def load_plan(module: nn.Module, directory: str | Path) -> Loaded:
     known = None if file.known is None else frozenset(file.known)
     reader = Reader(reader.model, reader.names, reader.timestep, frozenset(file.moving), known)
     planner = None
-    if file.learned_at and file.learned_streams:
-        planner = Even(tuple(file.learned_at), tuple(file.learned_streams), plan.order)
+    if (Path(directory) / CALIBRATION_FOLDER).is_dir():
+        own = recipe or Recipe()
+        planner = Search(load_calibration(Path(directory) / CALIBRATION_FOLDER), own.forecast, own.guards)
     example = None if file.example is None else ((), made_up(module, file.example))
     return Loaded(Engine(reader, plan, planner, file.target), recipe, example)
