@@ -216,10 +216,15 @@ def _apply(options: argparse.Namespace) -> None:
     for name, lazy in made.items():
         folder = options.directory if len(made) == 1 else options.directory / name
         save(lazy, folder)
-        reports[name] = vars(lazy.training_report) if lazy.training_report is not None else {}
+        report = lazy.training_report
+        if report is None and hasattr(lazy, "plan"):
+            reports[name] = {"share": lazy.plan.share}
+        else:
+            reports[name] = vars(report) if report is not None else {}
         if progress:
-            print(lazy.training_report)
-            print(f"gates written to {folder}")
+            if report is not None:
+                print(report)
+            print(f"{'plan' if hasattr(lazy, 'plan') else 'gates'} written to {folder}")
     if not _recipe(options).train.checkpoint:
         discard(kept)
     if options.json:

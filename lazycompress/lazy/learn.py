@@ -36,8 +36,8 @@ class Search:
     """
 
     calibration: Calibration
-    forecast: int = 2
-    guards: Guards = Guards()
+    forecast: int
+    guards: Guards
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
         """See `Planner.plan`."""
