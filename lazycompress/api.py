@@ -104,7 +104,7 @@ def _applied(
             "given), or give the recipe a sampling section, or set train.enabled: false"
         )
     if sampler is not None and not graph_is_needed(chosen):
-        return lazy_module(uncompiled(model), chosen, sampler)
+        return lazy_module(uncompiled(model), chosen, sampler, progress)
     if example_inputs is None:
         if sampler is None:
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")

@@ -249,11 +249,17 @@ def _apply(options: argparse.Namespace) -> None:
         return
     if not _recipe(options).train.checkpoint:
         discard(kept)
-    reports = {n: vars(lazy.training_report) if lazy.training_report is not None else {} for n, lazy in made.items()}
-    if progress:
-        for name, lazy in made.items():
-            print(lazy.training_report)
-            print(f"gates written to {options.directory if len(made) == 1 else options.directory / name}")
+    reports = {}
+    for name, lazy in made.items():
+        report = lazy.training_report
+        planned = hasattr(lazy, "plan")
+        shares = {"share": lazy.plan.share} if planned else {}
+        reports[name] = vars(report) if report is not None else shares
+        if progress:
+            if report is not None:
+                print(report)
+            place = options.directory if len(made) == 1 else options.directory / name
+            print(f"{'plan' if planned else 'gates'} written to {place}")
     if options.json:
         print(json.dumps(next(iter(reports.values())) if len(reports) == 1 else reports))
 

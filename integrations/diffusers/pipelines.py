@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...files import kind_of, path_of
 from ...graph.insert import is_timestep_name
 from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
-from ...lazy.learn import engine_from, unlearned
+from ...lazy.learn import learn, unlearned
 from ...lazy.store import PLAN_FILE, load_plan
 from ...lazy.usage import CallSummary
 from ...lazy.watch import Watch
@@ -103,7 +103,7 @@ def apply_to_pipeline(
         made = make_denoisers(pipeline, recipe, calls, arguments, sampler, progress)
         object.__setattr__(pipeline, _KEPT, made)
     else:
-        for name, handle in _learn_calls(pipeline, modules, recipe, arguments, sampler).items():
+        for name, handle in _learn_calls(pipeline, modules, recipe, arguments, sampler, progress).items():
             pipeline.__dict__.get(_KEPT, {}).pop(name, None)
             save_plan_too(handle)
     reset(pipeline)
@@ -111,7 +111,12 @@ def apply_to_pipeline(
 
 
 def _learn_calls(
-    pipeline: Any, modules: Mapping[str, nn.Module], recipe: Recipe, arguments: Arguments, sampler: Sampler | None
+    pipeline: Any,
+    modules: Mapping[str, nn.Module],
+    recipe: Recipe,
+    arguments: Arguments,
+    sampler: Sampler | None,
+    progress: bool,
 ) -> dict[str, Handle]:
     """Put an engine before each denoiser that sampling calls. After an error the denoisers are as they were."""
     before = {name: (old, old.enabled) for name, module in modules.items() if (old := handle_of(module)) is not None}
@@ -127,7 +132,11 @@ def _learn_calls(
         if not called:
             raise InputError(f"sampling with {type(pipeline).__name__} called none of {', '.join(modules)}")
         for name, watch in called.items():
-            handles[name].engine = engine_from(watch, recipe)
+            own = recipe.checkpoint_of(name) if len(called) > 1 else recipe
+            loop = sampler or _standing_in(pipeline, handles[name], arguments)
+            engines[name] = learn(watch, loop, own, progress)
+        for name, watch in called.items():
+            handles[name].engine = engines[name]
             handles[name].recipe = recipe
             handles[name].example = watch.example
             handles[name].turns = watch.streams
@@ -144,6 +153,16 @@ def _learn_calls(
     for name in modules.keys() - called.keys():
         detach(modules[name])
     return {name: handles[name] for name in called}
+
+
+def _standing_in(pipeline: Any, handle: Handle, arguments: Arguments) -> Sampler:
+    """The pipeline as a sampler, with what it is given in the place of one of its denoisers."""
+
+    def sampler(model: Any) -> Tensor:
+        with handle.replaced(model):
+            return sample(pipeline, arguments)
+
+    return sampler
 
 
 def example_calls(

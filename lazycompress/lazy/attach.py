@@ -176,11 +176,8 @@ def detach(module: nn.Module) -> None:
         return
     handle.enabled = False  # `module.compile()` may have compiled it
     del module.__dict__[_CALL]
-    if getattr(module.__dict__.get(_COMPILED), "__self__", None) is handle:
-        if handle._compiled is not None:
-            module.__dict__[_COMPILED] = handle._compiled
-        else:
-            del module.__dict__[_COMPILED]
+    if handle._compiled is not None and _COMPILED in module.__dict__:
+        module.__dict__[_COMPILED] = handle._compiled
 
 
 def handle_of(module: Any) -> Handle | None:

@@ -1,64 +1,98 @@
-"""From a recipe and a sampler to an engine: one dense run is watched, then a plan is made for it."""
+"""From a recipe and a sampler to an engine: one dense run is watched, a calibration is made, and a plan is searched in it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..plan.plan import Plan, dense, even
-from ..recipe import Recipe
+from ..plan.calibration import Calibration
+from ..plan.plan import Plan, dense
+from ..plan.record import Reading, calibrate
+from ..plan.search import plan_for
+from ..recipe import Guards, Recipe
 from ..sampling import Sampler
 from .calls import Reader
 from .engine import Engine
 from .follow import in_turns
 from .model import LazyModule
-from .watch import Watch
+from .watch import Turns, Watch
+
+#: Dense runs of all its images that a calibration takes, for `train.effort: 1`.
+RUNS = 15.0
 
 
 @dataclass(frozen=True)
-class Even:
-    """Plans that compute evenly spread calls, in each stream alike.
+class Search:
+    """Plans searched in a calibration.
 
     Attributes:
-        timesteps, streams: of the calls of the learned run.
-        order: of the forecasts.
+        calibration: what the model told.
+        forecast: highest order of the forecasts.
+        guards: the recipe's.
     """
 
-    timesteps: tuple[float, ...]
-    streams: tuple[int, ...]
-    order: int = 2
+    calibration: Calibration
+    forecast: int
+    guards: Guards
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
         """See `Planner.plan`."""
-        times, streams = (
-            (self.timesteps, self.streams) if timesteps is None else in_turns(timesteps, max(self.streams) + 1)
-        )
-        computes = [False] * len(times)
-        for stream in set(streams):
-            places = [k for k, own in enumerate(streams) if own == stream]
-            for k, computed in zip(places, even([times[k] for k in places], target).computes, strict=True):
-                computes[k] = computed
-        return Plan(times, tuple(computes), self.order, streams)
+        times, streams = None, None
+        if timesteps is not None:
+            times, streams = in_turns(timesteps, max(self.calibration.streams) + 1)
+        return plan_for(
+            self.calibration, target, times, streams=streams, orders=range(min(1, self.forecast), self.forecast + 1),
+            first=self.guards.warmup_steps, last=self.guards.last_steps, max_reuse=self.guards.max_reuse,
+        )  # fmt: skip
 
 
 def unlearned(module: nn.Module, recipe: Recipe) -> Engine:
     """An engine that computes everything; it knows how to read calls, and nothing else."""
-    return Engine(Reader.of(module, recipe.timestep_input), dense([1.0, 0.0]))
+    engine = Engine(Reader.of(module, recipe.timestep_input), dense([1.0, 0.0]))
+    engine.policy = "compute"
+    return engine
 
 
-def engine_from(watch: Watch, recipe: Recipe) -> Engine:
-    """The engine of a recipe for a run that was watched."""
+def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> Engine:
+    """The engine of a recipe, for a run that was watched.
+
+    Args:
+        watch: of a dense run of the sampler.
+        sampler: runs a loop that calls what it is given in the place of `watch.inner`.
+        recipe: its `target`, `train`, `guards` and `forecast`.
+        progress: show a bar.
+
+    Raises:
+        LazyCompressError: the sampler does not fit, or an output is not finite.
+    """
     times, streams = tuple(c.timestep for c in watch.calls), tuple(c.stream for c in watch.calls)
-    planner = Even(times, streams, recipe.forecast)
     if not recipe.train.enabled:
-        return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams), planner)
-    target = recipe.targets[0]
+        return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams))
+    train = recipe.train
+    calibration = calibrate(
+        watch.inner, sampler, read=reading(watch.reader), seed=train.seed, progress=progress,
+        budget=max(2.0, RUNS * train.effort), checkpoint=train.checkpoint or None,
+    )  # fmt: skip
+    planner, target = Search(calibration, recipe.forecast, recipe.guards), recipe.targets[0]
     return Engine(watch.reader, planner.plan(target), planner, target)
 
 
-def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler) -> LazyModule:
+def reading(reader: Reader) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Reading]:
+    """Reads timestep and stream of the calls of a run, one after the other."""
+    turns = Turns()
+
+    @torch.no_grad()
+    def read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading:
+        return turns.see(reader.read(args, kwargs))
+
+    return read
+
+
+def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler, progress: bool) -> LazyModule:
     """A lazy module that follows a plan for what `sampler` does.
 
     Raises:
@@ -66,10 +100,10 @@ def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler) -> LazyModul
     """
     lazy = LazyModule(model, unlearned(model, recipe))
     lazy.recipe = recipe
-    watch = Watch(lazy.inner, lazy.engine.reader)
+    watch = Watch(model, lazy.engine.reader)
     with torch.no_grad(), lazy.replaced(watch):
         sampler(lazy)
     watch.done()
-    lazy.engine = engine_from(watch, recipe)
+    lazy.engine = learn(watch, sampler, recipe, progress)
     lazy.example = watch.example
     return lazy

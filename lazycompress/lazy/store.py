@@ -1,4 +1,4 @@
-"""A plan on disk: `plan.json`, plain JSON, checked value by value."""
+"""A plan on disk: `plan.json`, plain JSON, and the calibration that it came from."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from torch import nn
 
 from ..encoding import Zeros
 from ..errors import ExportError, LazyCompressError
-from ..files import checked, read_json
+from ..files import checked, kind_of, read_json
 from ..gates_file import FileEntry, Finite, decoded_example, encoded_example, read_recipe
 from ..graph.capture import take_apart
 from ..places import GATES, seal
+from ..plan.calibration import load_calibration, save_calibration
 from ..plan.plan import Plan
 from ..recipe import Recipe
 from ..weights import device_of, dtype_of, need_same, weights_hash
 from .calls import Reader
 from .engine import Engine
-from .learn import Even
+from .learn import Search
 
 PLAN_FILE = "plan.json"
+
+#: Beside it, what plans for other budgets and timesteps are made from.
+CALIBRATION_FOLDER = "calibration"
 
 #: More calls than any run of a sampler makes.
 CALLS = 100_000
@@ -65,8 +69,6 @@ class _File(BaseModel):
     timestep_input: _Name
     moving: list[_Name] = Field(max_length=1000)
     known: list[_Name] | None = Field(max_length=1000)
-    learned_at: _Times | None
-    learned_streams: _Streams | None
     recipe: dict[str, Any] | None
     example: Any
     files: dict[str, FileEntry]
@@ -93,12 +95,12 @@ def write_plan(lazy: Planned, folder: Path) -> None:
         "timestep_input": engine.reader.timestep,
         "moving": sorted(engine.reader.moving),
         "known": None if engine.reader.known is None else sorted(engine.reader.known),
-        "learned_at": list(engine.planner.timesteps) if isinstance(engine.planner, Even) else None,
-        "learned_streams": list(engine.planner.streams) if isinstance(engine.planner, Even) else None,
         # But for a folder of the machine that learned.
         "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
         "example": example,
     }
+    if isinstance(engine.planner, Search):
+        save_calibration(engine.planner.calibration, folder / CALIBRATION_FOLDER)
     seal(folder, GATES, about, PLAN_FILE)
 
 
@@ -129,8 +131,9 @@ def load_plan(module: nn.Module, folder: Path, *, strict: bool = True) -> Loaded
     try:
         plan = Plan(tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams))
         planner = None
-        if file.learned_at and file.learned_streams:
-            planner = Even(tuple(file.learned_at), tuple(file.learned_streams), plan.order)
+        if kind_of(folder / CALIBRATION_FOLDER) == "folder":
+            own = recipe or Recipe()
+            planner = Search(load_calibration(folder / CALIBRATION_FOLDER), own.forecast, own.guards)
         reader = Reader.of(module, file.timestep_input)
     except LazyCompressError as error:
         raise ExportError(f"{path}: {error}") from None

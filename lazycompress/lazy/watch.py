@@ -26,9 +26,16 @@ class Turns:
         self._time: float | None = None
         self._latents: list[Print] = []
         self._stream = 0
+        self._last: tuple[Any, ...] = ()
+        self._constants: tuple[Any, ...] = ()
 
     def see(self, call: Call) -> Reading:
-        """The timestep of the next call, and its stream: the how manieth it is with its latents."""
+        """The timestep of the next call, and its stream: the how manieth it is with its latents. Asked again, the same."""
+        values = (call.latents, call.timesteps, *(item.tensor for item in call.inputs))
+        same = len(values) == len(self._last) and all(a is b for a, b in zip(values, self._last, strict=True))
+        if self._time is not None and same and call.constants == self._constants:
+            return Reading(self._time, self._stream)
+        self._last, self._constants = values, call.constants
         sight = self._eye.look(call, [])
         time, latents = max(sight.times), sight.latents[0]
         if time != self._time:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,32 @@ from torch import Tensor, nn
 
 from lazycompress.lazy.calls import Reader
 from lazycompress.lazy.engine import Engine
+from lazycompress.lazy.follow import in_turns
 from lazycompress.lazy.model import LazyModule
 from lazycompress.plan.plan import Plan, even
 
 STEPS = 10
+
+
+@dataclass(frozen=True)
+class Even:
+    """Plans evenly spread calls, in each stream alike: what a plan is, without learning one."""
+
+    timesteps: tuple[float, ...]
+    streams: tuple[int, ...]
+
+    def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
+        times, streams = self.timesteps, self.streams
+        if timesteps is not None:
+            times, streams = in_turns(timesteps, max(streams) + 1)
+        computes = [False] * len(times)
+        for stream in set(streams):
+            places = [k for k, own in enumerate(streams) if own == stream]
+            for k, computed in zip(places, even([times[k] for k in places], target).computes, strict=True):
+                computes[k] = computed
+        return Plan(times, tuple(computes), 2, streams)
+
+
 TIMES = [1000.0 * (1 - k / STEPS) for k in range(STEPS)]
 
 
