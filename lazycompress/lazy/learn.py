@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.calibration import Calibration
 from ..plan.plan import Plan, dense
@@ -104,6 +104,11 @@ def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler, progress: bo
     with torch.no_grad(), lazy.replaced(watch):
         sampler(lazy)
     watch.done()
-    lazy.engine = learn(watch, sampler, recipe, progress)
+
+    def loop(standin: Any) -> Tensor:
+        with lazy.replaced(standin):  # the sampler gets something with the model's attributes and parameters
+            return sampler(lazy)
+
+    lazy.engine = learn(watch, loop, recipe, progress)
     lazy.example = watch.example
     return lazy
