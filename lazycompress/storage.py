@@ -25,7 +25,7 @@ from .recipe import Recipe
 from .runtime import LazyModel
 
 if TYPE_CHECKING:
-    from .lazy.store import Planned
+    from .lazy.attach import Handle
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)
 
@@ -62,15 +62,17 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def save(lazy: LazyModel | Planned, directory: str | Path) -> Path:
+def save(lazy: LazyModel | LazyModule | Handle | nn.Module, directory: str | Path) -> Path:
     """Write the gates or the plan of a lazy model; the model's own weights are not written.
 
     Raises:
         ExportError: the folder cannot be written.
     """
-    if not isinstance(lazy, LazyModel):
-        from .lazy.store import save_plan  # it needs this module
+    from .lazy.convert import lazy_of
+    from .lazy.store import save_plan  # it needs this module
 
+    lazy = lazy_of(lazy)
+    if not isinstance(lazy, LazyModel):
         return save_plan(lazy, directory)
     call = lazy.example
     description = {

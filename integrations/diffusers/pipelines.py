@@ -286,7 +286,7 @@ def load_lazy(pipeline: Any, folder: str | Path) -> Any:
         elif saved.is_dir():
             graphs[name] = load_gates(module, saved, kind=LazyDenoiser)
     if not graphs and not plans:
-        raise InputError(f"{folder} holds no plan and no gates: pipe.save_pretrained of a lazy pipeline writes them")
+        raise InputError(f"{folder} holds no gates and no plan: pipe.save_pretrained of a lazy pipeline writes them")
     disable(pipeline)
     for handle in plans.values():
         handle.enabled = True

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import nn
+
 from .. import __version__
 from ..errors import ExportError
 from ..lazy.attach import Handle
-from ..lazy.convert import graph_of
+from ..lazy.convert import graph_of, lazy_of
 from ..lazy.model import LazyModule
 from ..runtime import LazyModel
 from ..storage import whole_folder
@@ -33,7 +35,7 @@ _COMPOSED = 5e-2
 
 
 def export(
-    lazy: LazyModel | LazyModule | Handle,
+    lazy: LazyModel | LazyModule | Handle | nn.Module,
     directory: str | Path,
     format: str | None = None,
     *,
@@ -47,8 +49,8 @@ def export(
     """Write a lazy model as a file that skips by itself.
 
     Args:
-        lazy: a model with a plan or with gates, under any policy; the file always follows them. One that skips whole calls is
-            captured for this.
+        lazy: a model with a plan or with gates, or the denoiser of a lazy pipeline, under any policy; the file always follows
+            them. One that skips whole calls is captured for this.
         directory: where to; written whole or not at all.
         format: "openvino" (caches as state) or "onnx" (caches as inputs and outputs); None: the recipe's.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
@@ -63,9 +65,11 @@ def export(
         The folder.
 
     Raises:
+        InputError: the model is not lazy.
         ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
         MissingExtraError: the format's packages are not installed.
     """
+    lazy = lazy_of(lazy)
     recipe = lazy.recipe
     format = format or (recipe.export.format if recipe is not None else "openvino")
     telemetry = telemetry if telemetry is not None else recipe is not None and recipe.export.telemetry
