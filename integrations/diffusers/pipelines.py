@@ -292,7 +292,7 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
         elif kind_of(saved) == "folder":
             graphs[name] = load_gates(module, saved, kind=LazyDenoiser, strict=strict)
     if not graphs and not plans:
-        raise InputError(f"{folder} holds no plan and no gates: pipe.save_pretrained of a lazy pipeline writes them")
+        raise InputError(f"{folder} holds no gates and no plan: pipe.save_pretrained of a lazy pipeline writes them")
     disable(pipeline)
     for handle in plans.values():
         handle.enabled = True

@@ -38,7 +38,7 @@ class LazyModule(nn.Module):
         self.training_report: Any = None
         #: Positional and keyword arguments of one call.
         self.example: tuple[Sequence[Any], Mapping[str, Any]] | None = None
-        self._standin: Callable[..., Any] | None = None
+        self._set_standin(None)
         self.training = False  # this module's own; those of the user's are left as they are
 
     @property
@@ -53,6 +53,8 @@ class LazyModule(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    _standin: Callable[..., Any] | None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -99,11 +101,15 @@ class LazyModule(nn.Module):
     @contextmanager
     def replaced(self, standin: Callable[..., Any]) -> Iterator[None]:
         """Within the block, whoever calls this module calls `standin`."""
-        before, self._standin = self._standin, standin
+        before = self._standin
+        self._set_standin(standin)
         try:
             yield
         finally:
-            self._standin = before
+            self._set_standin(before)
+
+    def _set_standin(self, standin: Callable[..., Any] | None) -> None:
+        self.__dict__["_standin"] = standin  # a module that stands in is no part of this one
 
     def inner(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module itself."""
