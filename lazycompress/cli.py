@@ -303,6 +303,10 @@ def _summary(options: argparse.Namespace) -> None:
     for folder, card in zip(folders, cards, strict=True):
         if folder != options.directory:
             print(folder.name)
+        if "plan" in card:
+            calls = len(card["plan"]["timesteps"])
+            print(f"{card['format']}, {card['model']} wrapped: {card['share']:.1%} of {calls} calls computed")
+            continue
         table = Table(
             title=f"{card['format']}, {len(card['branches'])} branches, {card['dense_macs'] / 1e6:.1f} MMACs a sample"
         )

@@ -164,6 +164,11 @@ def verify(directory: str | Path) -> Report:
     if "denoisers" in card:
         inner = ", ".join(str(path) for path in exports_in(folder))
         raise ExportError(f"{folder} is a pipeline, whose files are in folders of their own: verify {inner}")
+    if "plan" in card:
+        raise ExportError(
+            f"{folder} was wrapped, without recorded calls: compare it with its dense file; "
+            "its files' hashes are in lazycompress.json"
+        )
     for name, size in card.get("files", {}).items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
