@@ -236,6 +236,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     main(["wrap", str(tmp_path / "dense.onnx"), str(tmp_path / "lazy"), "--plan", str(tmp_path / "plan.json")])
     assert "written to" in capsys.readouterr().out
     assert (tmp_path / "lazy" / "dense.onnx").is_file()
+    main(["summary", str(tmp_path / "lazy")])
+    assert "50.0% of 6 calls" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path / "lazy")])
+    assert "dense file" in capsys.readouterr().err
     (tmp_path / "plan.json").write_text('{"timesteps": [1, 2]}', encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["wrap", str(tmp_path / "dense.onnx"), str(tmp_path / "other"), "--plan", str(tmp_path / "plan.json")])
