@@ -74,6 +74,7 @@ def test_a_plan_that_names_timesteps_twice_becomes_gates_with_a_phase(lazy: Lazy
         lazy.engine.plan = before
 
 
+@pytest.mark.slow(seconds=50)
 def test_an_exported_pipeline_gives_the_lazy_images(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pipe, call = make_dit(), PIPELINES["dit"].call
