@@ -273,9 +273,8 @@ def capture(model: nn.Module, call: Call, sizes: bool = True) -> Capture:
 @contextmanager
 def _alone(model: nn.Module) -> Iterator[None]:
     """The model without what stands around its calls: an engine that skips some, or a compiler."""
-    around = {
-        name: model.__dict__.pop(name) for name in ("_call_impl", "_compiled_call_impl") if name in model.__dict__
-    }
+    names = [name for name in ("_call_impl", "_compiled_call_impl") if name in model.__dict__]
+    around: dict[str, Any] = {name: model.__dict__.pop(name) for name in names}
     try:
         yield
     finally:
