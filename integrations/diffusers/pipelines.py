@@ -134,7 +134,7 @@ def _learn_calls(
         for name, watch in called.items():
             own = recipe.checkpoint_of(name) if len(called) > 1 else recipe
             loop = _standing_in(pipeline, handles[name], arguments, sampler)
-            engines[name] = learn(watch, loop, own, progress)
+            engines[name], handles[name].training_report = learn(watch, loop, own, progress)
         for name, watch in called.items():
             handles[name].engine = engines[name]
             handles[name].recipe = recipe

@@ -77,6 +77,7 @@ def learn_plan(
     read: Read,
     calibration: Calibration | None = None,
     guards: Guards | None = None,
+    orders: Sequence[int] = (0, 1, 2),
     images: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -90,6 +91,7 @@ def learn_plan(
         target: share of the calls to compute, in (0, 1].
         calibration: made before; left out, one is made.
         guards: that the plan keeps to.
+        orders: of the forecast, to choose from.
         budget: calls to spend in all, in dense runs of the calibration's images. The even plans are always judged.
 
     Raises:
@@ -110,7 +112,7 @@ def learn_plan(
             checkpoint=checkpoint,
         )
         spent = calibration.calls
-    candidates = plans_for(calibration, target, guards=guards, count=CANDIDATES, seed=seed)
+    candidates = plans_for(calibration, target, orders=orders, guards=guards, count=CANDIDATES, seed=seed)
     calls = len(calibration.timesteps)
     batch, reference = 0, None
     seeds: list[int] = []
@@ -121,7 +123,7 @@ def learn_plan(
     assert reference is not None
     spent += reference.calls
     judged: list[Judgement] = []
-    equal = [plan for plan in evens(calibration, target) if _keeps(plan, calibration, guards)]
+    equal = [plan for plan in evens(calibration, target) if plan.order in orders and _keeps(plan, calibration, guards)]
     per_run = calls * len(seeds)
     for plan in (*equal, *candidates):
         if (

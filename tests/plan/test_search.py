@@ -130,7 +130,7 @@ def test_plans_for_other_calls_are_not_judged(calibration: Calibration) -> None:
     with pytest.raises(InputError, match="10 calls of an image, and the sampler makes 20"):
         judge(Toy(), euler(), [plan], read=read, seeds=[0])
     shifted = Plan(tuple(t + 0.1 for t in calibration.timesteps), (True,) * 20)
-    with pytest.raises(InputError, match="call 1 is at timestep 1.1"):
+    with pytest.raises(InputError, match=r"call 1 is at timestep 1\.1"):
         judge(Toy(), euler(), [shifted], read=read, seeds=[0])
 
 
