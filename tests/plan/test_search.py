@@ -13,7 +13,7 @@ from lazycompress.plan.calibration import Calibration
 from lazycompress.plan.judge import judge
 from lazycompress.plan.learn import learn_plan
 from lazycompress.plan.plan import Plan, forecast
-from lazycompress.plan.price import points_of
+from lazycompress.plan.price import Pricing, points_of
 from lazycompress.plan.record import calibrate
 from lazycompress.plan.search import evens, plan_for, predict
 
@@ -50,9 +50,10 @@ def test_plans_are_priced_by_the_forecast_that_runs(computes: list[bool], order:
 
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.7])
 def test_predicted_errors_are_true_where_the_theory_is_exact(calibration: Calibration, target: float) -> None:
-    for plan in [*evens(calibration, target), plan_for(calibration, target)]:
-        (found,) = judge(Toy(pull=1.0), euler(images=16), [plan], read=read, seeds=[7])
-        assert 0.4 < predict(calibration, plan).mean() / found.errors.mean() < 2.5
+    """The toy responds to all errors by a factor: they add up, and one window has them all."""
+    plans = [*evens(calibration, target), plan_for(calibration, target)]
+    for plan, found in zip(plans, judge(Toy(pull=1.0), euler(images=16), plans, read=read, seeds=[7]), strict=True):
+        assert 0.5 < Pricing.of(calibration, windows=1).plan(plan).mean() / found.errors.mean() < 2.0
 
 
 @pytest.mark.parametrize("target", [0.25, 0.34, 0.5])
@@ -68,7 +69,7 @@ def test_plans_beat_even_ones_on_fresh_noise(calibration: Calibration, target: f
     assert ours.calls == sum(ours.plan.computes) * 2
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(steps=st.integers(1, 250), target=st.floats(0.02, 1.0))
 def test_one_calibration_plans_any_number_of_steps(calibration: Calibration, steps: int, target: float) -> None:
     timesteps = [1 - k / steps for k in range(steps)]
@@ -80,7 +81,7 @@ def test_one_calibration_plans_any_number_of_steps(calibration: Calibration, ste
 
 def test_interpolated_calibrations_price_like_their_own(calibration: Calibration) -> None:
     own = calibrate(Toy(pull=1.0), euler(32, images=16), read=read, progress=False)
-    for plan in evens(own, 0.4):
+    for plan in evens(own, 0.4, (0, 1)):
         assert 0.4 < predict(calibration, plan).mean() / predict(own, plan).mean() < 2.5
 
 
@@ -130,7 +131,7 @@ def test_plans_for_other_calls_are_not_judged(calibration: Calibration) -> None:
     with pytest.raises(InputError, match="10 calls of an image, and the sampler makes 20"):
         judge(Toy(), euler(), [plan], read=read, seeds=[0])
     shifted = Plan(tuple(t + 0.1 for t in calibration.timesteps), (True,) * 20)
-    with pytest.raises(InputError, match="call 1 is at timestep 1.1"):
+    with pytest.raises(InputError, match=r"call 1 is at timestep 1\.1"):
         judge(Toy(), euler(), [shifted], read=read, seeds=[0])
 
 
