@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lazycompress.errors import InputError
 from lazycompress.plan.calibration import Calibration
+from lazycompress.plan.frontier import frontier
 from lazycompress.plan.judge import judge
 from lazycompress.plan.learn import learn_plan
 from lazycompress.plan.plan import Plan, forecast
@@ -142,3 +143,9 @@ def test_learned_plans_are_no_worse_than_even_ones_and_their_report_is_one_line(
     assert found.plan.share == found.report.share == 0.4
     assert "\n" not in str(found.report)
     assert "40% of the calls computed (target 40%)" in str(found.report)
+
+
+def test_more_compute_is_priced_at_less_error(calibration: Calibration) -> None:
+    points = frontier(calibration, (0.25, 0.5, 0.75))
+    assert [round(point.plan.share, 2) for point in points] == [0.25, 0.5, 0.75]
+    assert points[0].error > points[1].error > points[2].error > 0
