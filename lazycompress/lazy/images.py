@@ -21,8 +21,11 @@ UNEXPLAINED = 0.1
 #: Latents with equal prints but for this share of their norm are the same: guidance calls a model with them twice.
 EQUAL = 1e-5
 
-#: Samples that are kept at most; the longest unused ones go first.
-MOST = 64
+#: At its own place of the batch, a sample that leaves no more than this is the one: no other is looked at.
+SURE = 0.01
+
+#: Samples that are kept at most, or so many batches; the longest unused ones go first.
+MOST, MOST_BATCHES = 64, 4
 
 #: Latents of fewer numbers than this for each vector that explains them prove nothing.
 FEWEST = 8
@@ -93,7 +96,7 @@ class Images:
 
     def add(self, sample: Sample) -> None:
         self._samples.append(sample)
-        del self._samples[:-MOST]
+        del self._samples[: -max(MOST, MOST_BATCHES * sample.batch)]
 
     def calls_before(self, scope: Scope | None, timestep: float, latents: Print) -> int:
         """How many calls have begun images of these very latents: the stream of another one that begins with them."""
@@ -121,8 +124,18 @@ class Images:
         Whatever is not finite goes on with nothing.
         """
         rows = range(call.batch)
-        fitting = [self._fitting(kinds[row], row, sight, scope, direction) for row in rows]
         taken: dict[int, Sample] = {}
+        if scope is None:
+            taken = self._in_place(kinds, call, sight, direction)
+            free = [s for s in self._samples if all(s is not other for other in taken.values())]
+            if len(taken) == call.batch:
+                return [taken[row] for row in rows]
+        else:
+            free = self._samples
+        fitting = [
+            [] if row in taken else [s for s in free if self._fits(s, kinds[row], row, sight, scope, direction)]
+            for row in rows
+        ]
         if scope is not None:
             for row in rows:
                 here = fitting[row] if not scope.in_place else [s for s in fitting[row] if _at(s, row, call.batch)]
@@ -147,21 +160,38 @@ class Images:
                 taken[row] = sample
         return [taken.get(row) for row in rows]
 
-    def _fitting(self, kind: Hashable, row: int, sight: Sight, scope: Scope | None, direction: float) -> list[Sample]:
-        seen, time = sight.latents[row], sight.times[row]
-        if not seen.finite:
-            return []
-        found = []
+    def _in_place(self, kinds: Sequence[Hashable], call: Call, sight: Sight, direction: float) -> dict[int, Sample]:
+        """Samples that go on at their place, by row: outside of scopes, what most calls are. Large batches need no search."""
+        places: dict[int, list[Sample]] = {}
         for sample in self._samples:
-            if sample.kind != kind or sample.scope != scope or not sample.records:
-                continue
-            passed = (sample.timestep - time) * direction
-            twice = not sample.prints[0].same(seen, EQUAL) or (scope is not None and sample.pace.expects(time))
-            if not (passed > 0 or (passed == 0 and twice)):
-                continue
-            if _same(sample.conditions, sight.conditions[row]):
-                found.append(sample)
-        return found
+            if sample.batch == call.batch:
+                places.setdefault(sample.row, []).append(sample)
+        pairs = [
+            (row, sample)
+            for row in range(call.batch)
+            for sample in places.get(row, [])
+            if self._fits(sample, kinds[row], row, sight, None, direction)
+        ]
+        found: dict[int, tuple[float, float, Sample]] = {}
+        for residual, (row, sample) in zip(self._unexplained(call, pairs), pairs, strict=True):
+            gap = abs(sample.timestep - sight.times[row])
+            rank = (round(residual / SURE, 1), gap)
+            if residual <= SURE and (row not in found or rank < found[row][:2]):
+                found[row] = (*rank, sample)
+        return {row: sample for row, (*_, sample) in found.items()}
+
+    def _fits(
+        self, sample: Sample, kind: Hashable, row: int, sight: Sight, scope: Scope | None, direction: float
+    ) -> bool:
+        """Rules 1 and 2."""
+        seen, time = sight.latents[row], sight.times[row]
+        if not seen.finite or sample.kind != kind or sample.scope != scope or not sample.records:
+            return False
+        passed = (sample.timestep - time) * direction
+        twice = not sample.prints[0].same(seen, EQUAL) or (scope is not None and sample.pace.expects(time))
+        if not (passed > 0 or (passed == 0 and twice)):
+            return False
+        return _same(sample.conditions, sight.conditions[row])
 
     def _unexplained(self, call: Call, pairs: Sequence[tuple[int, Sample]]) -> list[float]:
         """Share of the norm of a row's latents that a sample's past leaves unexplained, for each pair; one transfer."""

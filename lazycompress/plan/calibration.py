@@ -121,7 +121,7 @@ def load_calibration(folder: str | Path) -> Calibration:
     if values["gram"].ndim != 3 or values["image"].ndim != 1:
         raise InputError(f"{path} holds a gram of {values['gram'].ndim} dimensions; calibrate again")
     try:
-        return Calibration(**about, **values)  # type: ignore[arg-type]
+        return Calibration(**(about | values))
     except InputError as error:
         raise InputError(f"{path} is damaged: {error}; calibrate again") from None
 

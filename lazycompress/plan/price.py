@@ -9,7 +9,7 @@ their own, so that they cannot be counted on to cancel: the windows `phi_r`, who
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,30 +33,33 @@ class Pricing:
         streams: of the calls, int64 [T].
         reacted: gain times reach, float64 [T].
         gram: mean product of the elements of the predictions of two calls, float64 [T, T], or of each image [B, T, T].
+        windows: over the loop; of 1, all errors add up as they are, as they do where the model responds by a factor.
     """
 
     timesteps: Floats
     streams: Ints
     reacted: Floats
     gram: Floats
+    windows: int = WINDOWS
 
     @staticmethod
-    def of(calibration: Calibration) -> Pricing:
+    def of(calibration: Calibration, windows: int = WINDOWS) -> Pricing:
         """With the Gram matrix of each image."""
         return Pricing(
             np.array(calibration.timesteps),
             np.array(calibration.streams, dtype=np.int64),
             calibration.reach * calibration.gain,
             calibration.gram,
+            windows,
         )
 
     def mean(self) -> Pricing:
         """With the mean over the images: what a search needs."""
-        return Pricing(self.timesteps, self.streams, self.reacted, self.gram.mean(axis=0))
+        return replace(self, gram=self.gram.mean(axis=0))
 
     def plan(self, plan: Plan) -> Floats:
         """Mean squared error of the final latents: float64 [B]."""
-        return self.error(np.array([plan.computes]), plan.order)[0]
+        return np.asarray(self.error(np.array([plan.computes]), plan.order)[0])
 
     def error(self, computes: Bools, order: int) -> Floats:
         """Of plans bool [M, T]: float64 [M], or [M, B] for a Gram matrix of each image."""
@@ -69,7 +72,7 @@ class Pricing:
     def shifts(self, computes: Bools, order: int) -> Floats:
         """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""
         many, calls = computes.shape
-        windows = _windows(calls)
+        windows = _windows(calls, self.windows)
         weighted = windows * self.reacted
         found = np.zeros((len(windows), many * calls))
         for stream in np.unique(self.streams):
@@ -115,9 +118,9 @@ def points_of(computes: Bools, timesteps: Floats, order: int) -> tuple[list[Ints
     return points, weights
 
 
-def _windows(calls: int) -> Floats:
+def _windows(calls: int, count: int) -> Floats:
     """Overlapping windows over the calls, [windows, T]: the sum of their squares is 1."""
-    count = min(WINDOWS, calls)
+    count = min(count, calls)
     if count < 2:
         return np.ones((1, calls))
     distance = np.abs(np.linspace(0, count - 1, calls) - np.arange(count)[:, None])

@@ -23,7 +23,7 @@ def reach_of(scheduler: Any, timesteps: Sequence[float] | None = None) -> Callab
     Plays its `step` with outputs of zero, one of them changed at a time. The scheduler itself is left as it is.
 
     Args:
-        scheduler: anything with `timesteps` and `step(output, timestep, sample)`.
+        scheduler: anything with `timesteps` and `step(output, timestep, sample)`, before its first step.
         timesteps: that the model is told, in order, where they are others than the scheduler's own.
 
     Raises:

@@ -142,7 +142,7 @@ def _recorded(loop: _Loop, run: int, seed: int, first: _Recorded | None) -> _Rec
     if old is not None and {"readings", "gram", "image", "samples", "weights", "reach", "bytes"} <= set(old):
         readings = tuple(Reading(float(t), int(s)) for t, s in old["readings"])
         mixing = Mixing(old["samples"].astype(np.int64), old["weights"], old["reach"])
-        return _Recorded(seed, readings, old["gram"], old["image"], mixing, int(old["bytes"]), None)
+        return _Recorded(seed, readings, old["gram"], old["image"], mixing, int(old["bytes"].item()), None)
     tape = loop.tape(seed)
     if first is not None and tape.readings != first.readings:
         raise InputError(
@@ -162,7 +162,7 @@ def _recorded(loop: _Loop, run: int, seed: int, first: _Recorded | None) -> _Rec
         "samples": mixing.samples.astype(np.float64),
         "weights": mixing.weights,
         "reach": mixing.reach,
-        "bytes": np.array(float(tape.bytes)),
+        "bytes": np.array([float(tape.bytes)]),
     }
     loop.kept.put(name, arrays)
     return found
@@ -189,7 +189,7 @@ def gram_of(tape: Tape, mixing: Mixing) -> Floats:
     values = torch.stack(
         [mixing.prediction(tape.value(call), call, tape.final) for call in range(len(tape.outputs))], dim=1
     )
-    # In halves of the precision, small differences of large numbers would be lost; in blocks, memory stays small.
+    # In single precision, small differences of large numbers would be lost; in blocks, memory stays small.
     gram = torch.zeros(values.shape[0], values.shape[1], values.shape[1], dtype=torch.float64)
     for block in torch.split(values, 65536, dim=2):
         exact = block.double()
