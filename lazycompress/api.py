@@ -16,7 +16,7 @@ from .lazy.attach import Handle, handle_of, uncompiled
 from .lazy.learn import lazy_module
 from .lazy.model import LazyModule
 from .lazy.scopes import scope_of
-from .models import signature_of
+from .models import evaluating, signature_of
 from .noise import own_noise
 from .recipe import IgnoredScope, Recipe, load_recipe
 from .rehearsal import rehearse
@@ -104,7 +104,12 @@ def _applied(
             "given), or give the recipe a sampling section, or set train.enabled: false"
         )
     if sampler is not None and not graph_is_needed(chosen):
-        return lazy_module(uncompiled(model), chosen, sampler, progress)
+        inside = uncompiled(model)
+        if chosen.train.enabled:
+            sampler = checked(sampler)
+            rehearse(inside, sampler, chosen.train.seed)
+        with evaluating(inside):
+            return lazy_module(inside, chosen, sampler, progress)
     if example_inputs is None:
         if sampler is None:
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")

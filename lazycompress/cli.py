@@ -344,10 +344,8 @@ def _summary(options: argparse.Namespace) -> None:
         if folder != options.directory:
             print(folder.name)
         if "plan" in card:
-            plan = card["plan"]
-            print(
-                f"{card['format']}, wrapped: a plan of {len(plan['computes'])} calls, {card['share']:.1%} of them computed"
-            )
+            calls = len(card["plan"]["timesteps"])
+            print(f"{card['format']}, {card['model']} wrapped: {card['share']:.1%} of {calls} calls computed")
             continue
         table = Table(
             title=f"{card['format']}, {len(card['branches'])} branches, {card['dense_macs'] / 1e6:.1f} MMACs a sample"

@@ -23,6 +23,7 @@ from .gates_file import (
 )
 from .graph.capture import ExampleInputs, call_of, take_apart
 from .lazy.attach import Handle
+from .lazy.convert import lazy_of
 from .lazy.model import LazyModule
 from .lazy.store import PLAN_FILE, is_plan_of, load_plan, write_plan
 from .places import GATES, place_of, seal, whole_folder
@@ -35,11 +36,11 @@ _Lazy = TypeVar("_Lazy", bound=LazyModel)
 Learned = LazyModel | LazyModule | Handle
 
 
-def save(lazy: Learned, directory: str | Path, *, overwrite: bool | None = None) -> Path:
+def save(lazy: Learned | nn.Module, directory: str | Path, *, overwrite: bool | None = None) -> Path:
     """Write the gates or the plan of a lazy model; the model's own weights are not written.
 
     Args:
-        lazy: the model.
+        lazy: the model, or a lazy pipeline's own denoiser.
         directory: where to: a folder that is free or empty, or that holds gates or a plan. Anything else is left alone.
         overwrite: what happens to what is there: True replaces it, False never does; None does if it is of this kind of
             model, with these branches, so that a loop can save again and again.
@@ -51,6 +52,7 @@ def save(lazy: Learned, directory: str | Path, *, overwrite: bool | None = None)
         ExportError: the folder is not ours to replace, or cannot be written; or the gates hold NaN.
         InputError: the model is not lazy.
     """
+    lazy = lazy_of(lazy)
     _need_finite(lazy)
     place = place_of(directory)
     replaces = _is_of(lazy, place) if overwrite is None else overwrite
@@ -175,8 +177,6 @@ def _is_of(lazy: Learned, place: Path) -> bool:
 
 
 def _need_finite(lazy: Learned) -> None:
-    if not isinstance(lazy, Learned):
-        raise InputError(f"only a lazy model has gates: call lazycompress.apply first; there was {type(lazy).__name__}")
     if not isinstance(lazy, LazyModel):
         return  # the numbers of a plan are finite: it could not be made else
     for name, value in lazy.gates.state_dict().items():

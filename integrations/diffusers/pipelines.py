@@ -133,8 +133,8 @@ def _learn_calls(
             raise InputError(f"sampling with {type(pipeline).__name__} called none of {', '.join(modules)}")
         for name, watch in called.items():
             own = recipe.checkpoint_of(name) if len(called) > 1 else recipe
-            loop = sampler or _standing_in(pipeline, handles[name], arguments)
-            engines[name] = learn(watch, loop, own, progress)
+            loop = _standing_in(pipeline, handles[name], arguments, sampler)
+            engines[name], handles[name].training_report = learn(watch, loop, own, progress)
         for name, watch in called.items():
             handles[name].engine = engines[name]
             handles[name].recipe = recipe
@@ -155,12 +155,12 @@ def _learn_calls(
     return {name: handles[name] for name in called}
 
 
-def _standing_in(pipeline: Any, handle: Handle, arguments: Arguments) -> Sampler:
-    """The pipeline as a sampler, with what it is given in the place of one of its denoisers."""
+def _standing_in(pipeline: Any, handle: Handle, arguments: Arguments, own: Sampler | None) -> Sampler:
+    """The pipeline, or the user's own sampler, with what it is given in the place of one of the denoisers."""
 
     def sampler(model: Any) -> Tensor:
         with handle.replaced(model):
-            return sample(pipeline, arguments)
+            return sample(pipeline, arguments) if own is None else own(handle.module)
 
     return sampler
 
@@ -292,7 +292,7 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
         elif kind_of(saved) == "folder":
             graphs[name] = load_gates(module, saved, kind=LazyDenoiser, strict=strict)
     if not graphs and not plans:
-        raise InputError(f"{folder} holds no plan and no gates: pipe.save_pretrained of a lazy pipeline writes them")
+        raise InputError(f"{folder} holds no gates and no plan: pipe.save_pretrained of a lazy pipeline writes them")
     disable(pipeline)
     for handle in plans.values():
         handle.enabled = True

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
-from ..errors import ExportError, InputError
+from ..errors import ExportError
 from ..files import write_tensors
 from ..lazy.attach import Handle
-from ..lazy.convert import graph_of
+from ..lazy.convert import graph_of, lazy_of
 from ..lazy.model import LazyModule
 from ..places import EXPORT, check_place, seal, whole_folder
 from ..runtime import LazyModel
@@ -34,7 +35,7 @@ _COMPOSED = 5e-2
 
 
 def export(
-    lazy: LazyModel | LazyModule | Handle,
+    lazy: LazyModel | LazyModule | Handle | nn.Module,
     directory: str | Path,
     format: str | None = None,
     *,
@@ -48,8 +49,8 @@ def export(
     """Write a lazy model as a file that skips by itself.
 
     Args:
-        lazy: a model with a plan or with gates, under any policy; the file always follows them. One that skips whole calls is
-            captured for this.
+        lazy: a model with a plan or with gates, or the denoiser of a lazy pipeline, under any policy; the file always follows
+            them. One that skips whole calls is captured for this.
         directory: where to; written whole or not at all.
         format: "openvino" (caches as state) or "onnx" (caches as inputs and outputs); None: the recipe's.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
@@ -64,13 +65,11 @@ def export(
         The folder.
 
     Raises:
+        InputError: the model is not lazy.
         ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
         MissingExtraError: the format's packages are not installed.
     """
-    if not isinstance(lazy, LazyModel | LazyModule | Handle):
-        raise InputError(
-            f"only a lazy model is exported: call lazycompress.apply first; there was {type(lazy).__name__}"
-        )
+    lazy = lazy_of(lazy)
     recipe = lazy.recipe
     format = format or (recipe.export.format if recipe is not None else "openvino")
     telemetry = telemetry if telemetry is not None else recipe is not None and recipe.export.telemetry

@@ -255,7 +255,7 @@ def capture(model: nn.Module, call: Call, sizes: bool = True, earlier: Way | Non
         if unsettled is not None and not way.reads:
             continue
         try:
-            with untouched(model), evaluating(model):
+            with untouched(model), evaluating(model), _alone(model):
                 captured = _export(model, call, way, warm=bool(failures) or way == earlier)
         except Exception as error:  # torch.export raises errors of many classes
             if way.sizes and not isinstance(error, _BatchIsFixedError):
@@ -276,6 +276,18 @@ def capture(model: nn.Module, call: Call, sizes: bool = True, earlier: Way | Non
     if unsettled is not None:
         return unsettled
     raise CaptureError(_explain(model, _telling(failures)))
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """The model without what stands around its calls: an engine that skips some, or a compiler."""
+    around: dict[str, Any] = {
+        name: model.__dict__.pop(name) for name in ("_call_impl", "_compiled_call_impl") if name in model.__dict__
+    }
+    try:
+        yield
+    finally:
+        model.__dict__.update(around)
 
 
 def _telling(failures: Sequence[Exception]) -> Exception:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ExportError
+from ..errors import ExportError, InputError
 from ..gate import Gates
 from ..graph.capture import take_apart
 from ..graph.locate import Branch
 from ..plan.plan import Plan
 from ..runtime import LazyModel
-from .attach import Handle
+from .attach import Handle, handle_of
 from .follow import stream_of
 from .model import LazyModule
 
@@ -37,11 +37,22 @@ def graph_of(lazy: Handle | LazyModule, kind: type[_Lazy] = LazyModel) -> _Lazy:
         )
     plan = stream_of(lazy.engine.plan, 0)
     call = take_apart(module, *lazy.example)
-    with lazy.replaced(lazy.inner):  # it is the module itself that is captured
-        timestep = lazy.engine.reader.timestep or None
-        made = kind(module, call, lambda branches: gates_of(plan, branches), timestep_input=timestep)
+    timestep = lazy.engine.reader.timestep or None
+    made = kind(module, call, lambda branches: gates_of(plan, branches), timestep_input=timestep)
     made.recipe, made.training_report = lazy.recipe, lazy.training_report
     return made
+
+
+def lazy_of(model: LazyModel | LazyModule | Handle | nn.Module) -> LazyModel | LazyModule | Handle:
+    """What is lazy about a model: itself, or the handle of a pipeline's own module.
+
+    Raises:
+        InputError: nothing is.
+    """
+    found = model if isinstance(model, LazyModel | LazyModule | Handle) else handle_of(model)
+    if found is None:
+        raise InputError(f"{type(model).__name__} is not lazy: call lazycompress.apply first")
+    return found
 
 
 def gates_of(plan: Plan, branches: Sequence[Branch]) -> Gates:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan.calibration import Calibration
+from ..plan.learn import PlanReport, learn_plan
 from ..plan.plan import Plan, dense
-from ..plan.record import Reading, calibrate
+from ..plan.record import Reading
+from ..plan.search import Guards as Ends
 from ..plan.search import plan_for
 from ..recipe import Guards, Recipe
 from ..sampling import Sampler
@@ -45,7 +47,7 @@ class Search:
         if timesteps is not None:
             times, streams = in_turns(timesteps, max(self.calibration.streams) + 1)
         return plan_for(
-            self.calibration, target, times, streams=streams, orders=range(min(1, self.forecast), self.forecast + 1),
+            self.calibration, target, times, streams=streams, orders=orders_of(self.forecast),
             first=self.guards.warmup_steps, last=self.guards.last_steps, max_reuse=self.guards.max_reuse,
         )  # fmt: skip
 
@@ -57,8 +59,8 @@ def unlearned(module: nn.Module, recipe: Recipe) -> Engine:
     return engine
 
 
-def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> Engine:
-    """The engine of a recipe, for a run that was watched.
+def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tuple[Engine, PlanReport | None]:
+    """The engine of a recipe, for a run that was watched, and what learning found out; None if nothing is learned.
 
     Args:
         watch: of a dense run of the sampler.
@@ -71,14 +73,20 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> Eng
     """
     times, streams = tuple(c.timestep for c in watch.calls), tuple(c.stream for c in watch.calls)
     if not recipe.train.enabled:
-        return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams))
-    train = recipe.train
-    calibration = calibrate(
-        watch.inner, sampler, read=reading(watch.reader), seed=train.seed, progress=progress,
-        budget=max(2.0, RUNS * train.effort), checkpoint=train.checkpoint or None,
+        return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams)), None
+    train, target = recipe.train, recipe.targets[0]
+    found = learn_plan(
+        watch.inner, sampler, target, read=reading(watch.reader), orders=orders_of(recipe.forecast),
+        guards=Ends(recipe.guards.warmup_steps, recipe.guards.last_steps, recipe.guards.max_reuse), seed=train.seed,
+        progress=progress, budget=max(2.0, RUNS * train.effort), checkpoint=train.checkpoint or None,
     )  # fmt: skip
-    planner, target = Search(calibration, recipe.forecast, recipe.guards), recipe.targets[0]
-    return Engine(watch.reader, planner.plan(target), planner, target)
+    planner = Search(found.calibration, recipe.forecast, recipe.guards)
+    return Engine(watch.reader, found.plan, planner, target), found.report
+
+
+def orders_of(highest: int) -> range:
+    """The orders of a forecast to choose from; 0 is for those who ask for none."""
+    return range(min(1, highest), highest + 1)
 
 
 def reading(reader: Reader) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Reading]:
@@ -104,6 +112,11 @@ def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler, progress: bo
     with torch.no_grad(), lazy.replaced(watch):
         sampler(lazy)
     watch.done()
-    lazy.engine = learn(watch, sampler, recipe, progress)
+
+    def loop(standin: Any) -> Tensor:
+        with lazy.replaced(standin):  # the sampler gets something with the model's attributes and parameters
+            return sampler(lazy)
+
+    lazy.engine, lazy.training_report = learn(watch, loop, recipe, progress)
     lazy.example = watch.example
     return lazy

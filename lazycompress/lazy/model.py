@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models import evaluating
 from ..plan.plan import Plan
 from .eager import around, eager
 from .engine import Engine, Policy, run
@@ -20,7 +21,8 @@ class LazyModule(nn.Module):
     """A module some of whose calls are not computed.
 
     It has the forward signature, return type and attributes of the module that it was made from, runs that very module, and
-    leaves it as it is. State belongs to each sample and is found again by itself, see `Images.find`.
+    leaves it as it is. A module in training mode is run in evaluation mode, until `train()` is called here. State belongs to
+    each sample and is found again by itself, see `Images.find`.
 
     Attributes:
         model: the user's own module.
@@ -36,8 +38,8 @@ class LazyModule(nn.Module):
         self.training_report: Any = None
         #: Positional and keyword arguments of one call.
         self.example: tuple[Sequence[Any], Mapping[str, Any]] | None = None
-        self._standin: Callable[..., Any] | None = None
-        self.train(model.training)
+        self._set_standin(None)
+        self.training = False  # this module's own; those of the user's are left as they are
 
     @property
     def config(self) -> Any:
@@ -51,6 +53,8 @@ class LazyModule(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    _standin: Callable[..., Any] | None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,11 +101,15 @@ class LazyModule(nn.Module):
     @contextmanager
     def replaced(self, standin: Callable[..., Any]) -> Iterator[None]:
         """Within the block, whoever calls this module calls `standin`."""
-        before, self._standin = self._standin, standin
+        before = self._standin
+        self._set_standin(standin)
         try:
             yield
         finally:
-            self._standin = before
+            self._set_standin(before)
+
+    def _set_standin(self, standin: Callable[..., Any] | None) -> None:
+        self.__dict__["_standin"] = standin  # a module that stands in is no part of this one
 
     def inner(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module itself."""
@@ -111,4 +119,6 @@ class LazyModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._standin is not None:
             return eager(self._standin)(*args, **kwargs)
-        return run(self.engine, self.model, args, kwargs, opened(self) or opened(self.model))[0]
+        in_its_mode = self.training or not self.model.training
+        with nullcontext() if in_its_mode else evaluating(self.model):
+            return run(self.engine, self.model, args, kwargs, opened(self) or opened(self.model))[0]

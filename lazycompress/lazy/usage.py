@@ -47,14 +47,14 @@ class CallSummary:
 
     def __str__(self) -> str:
         table = Table(title=f"whole calls, {self.calls} of them, {self.images} images")
-        for header in ("", "computed", "skipped", "share computed"):
+        for header in ("", "computed", "skipped", "share"):
             table.add_column(header, justify="right" if header else "left", no_wrap=True)
         rows = (
             ("calls", self.computed_calls, self.calls - self.computed_calls),
-            ("samples", self.samples - self.skipped, self.skipped),
+            ("all samples", self.samples - self.skipped, self.skipped),
         )
         for name, computed, skipped in rows:
-            table.add_row(name, str(computed), str(skipped), f"{computed / max(computed + skipped, 1):.1%}")
+            table.add_row(name, str(computed), str(skipped), f"computed {computed / max(computed + skipped, 1):.1%}")
         if self.unread:
             table.add_row("run as they are", str(self.unread), "", "")
         return render(table)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..sampling import Sampler
-from .calibration import Calibration
+from .calibration import Calibration, Floats
+from .judge import Judgement, judge_against, refer
 from .plan import Plan
-from .record import Denoise, Read
+from .record import Denoise, Read, calibrate
+from .search import Guards, evens, plans_for
+
+#: Held-out noise begins this far from the calibration's.
+HELD_OUT = 100_000
+
+#: Plans that the search may hand over to true runs, at most.
+CANDIDATES = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,14 @@ class PlanReport:
     runs: float
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.0%} of the calls computed (target {self.target:.0%}): error {self.error:.1e}, "
+            f"{self.relative:.1e} of the images' size, PSNR {self.psnr:.1f} dB, {self.psnr_worst:.1f} dB at the worst "
+            f"percentile, even calls {self.even:.1e}; {self.calls} calls ({self.runs:.1f} dense runs), "
+            f"{self.seconds:.0f} s"
+        )
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -56,6 +76,8 @@ def learn_plan(
     *,
     read: Read,
     calibration: Calibration | None = None,
+    guards: Guards | None = None,
+    orders: Sequence[int] = (0, 1, 2),
     images: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -68,9 +90,83 @@ def learn_plan(
         denoise, sampler, read, images, seed, progress, checkpoint: see `calibrate`.
         target: share of the calls to compute, in (0, 1].
         calibration: made before; left out, one is made.
-        budget: calls to spend in all, in dense runs of the calibration's images.
+        guards: that the plan keeps to.
+        orders: of the forecast, to choose from.
+        budget: calls to spend in all, in dense runs of the calibration's images. The even plans are always judged.
 
     Raises:
         InputError: see `calibrate` and `plan_for`.
     """
-    raise NotImplementedError
+    started = time.perf_counter()
+    spent = 0
+    if calibration is None:
+        share = max(2.0, 0.65 * budget)
+        calibration = calibrate(
+            denoise,
+            sampler,
+            read=read,
+            images=images,
+            seed=seed,
+            progress=progress,
+            budget=share,
+            checkpoint=checkpoint,
+        )
+        spent = calibration.calls
+    candidates = plans_for(calibration, target, orders=orders, guards=guards, count=CANDIDATES, seed=seed)
+    calls = len(calibration.timesteps)
+    batch, reference = 0, None
+    seeds: list[int] = []
+    while batch < len(calibration.image):
+        seeds.append(seed + HELD_OUT + len(seeds))
+        reference = refer(denoise, sampler, read=read, seeds=seeds[-1:], more=reference)
+        batch = reference.images
+    assert reference is not None
+    spent += reference.calls
+    judged: list[Judgement] = []
+    equal = [plan for plan in evens(calibration, target) if plan.order in orders and _keeps(plan, calibration, guards)]
+    per_run = calls * len(seeds)
+    for plan in (*equal, *candidates):
+        if (
+            judged
+            and plan not in equal
+            and len(judged) > len(equal)
+            and spent + plan.share * per_run > budget * per_run
+        ):
+            break
+        judged.append(judge_against(reference, denoise, sampler, plan))
+        spent += judged[-1].calls
+    best = _best(judged)
+    even = min((float(j.errors.mean()) for j in judged[: len(equal)]), default=float("nan"))
+    report = PlanReport(
+        target=target,
+        share=best.plan.share,
+        error=float(best.errors.mean()),
+        relative=float(best.errors.mean() / max(best.image.mean(), 1e-300)),
+        psnr=float(np.median(best.psnr)),
+        psnr_worst=float(np.quantile(best.psnr, 0.01, method="lower")),
+        even=even,
+        calls=spent,
+        runs=spent / per_run,
+        seconds=time.perf_counter() - started,
+    )
+    return Learned(best.plan, calibration, report)
+
+
+def _best(judged: Sequence[Judgement]) -> Judgement:
+    """The plan of the least error: mean over the images, and the same with large errors damped, one as good as the other.
+
+    A mean alone would be decided by one image out of sixteen.
+    """
+    scale = 4 * min(float(np.median(j.errors)) for j in judged) or 1e-300
+
+    def score(errors: Floats) -> float:
+        damped = scale * float(np.log1p(errors / scale).mean())
+        return float(np.log(errors.mean() + 1e-300) + np.log(damped + 1e-300))
+
+    return min(judged, key=lambda j: score(j.errors))
+
+
+def _keeps(plan: Plan, calibration: Calibration, guards: Guards | None) -> bool:
+    """Whether an even plan keeps to the guards for the ends of the loop."""
+    ends = guards or Guards()
+    return all(plan.computes[: ends.first]) and all(plan.computes[len(plan.computes) - ends.last :])

@@ -108,7 +108,8 @@ def _change(value: Tensor, sample: int, direction: Tensor, final: Tensor) -> flo
     """Add to one sample, in place, what is large enough for the precision and small enough for a derivative."""
     counted = _counted(value, final)[sample]
     scale = float(counted.float().square().mean().sqrt()) or 1.0
-    size = scale * float(torch.finfo(value.dtype).eps) ** 0.5
+    # Schedulers compute in float32, whatever they are given.
+    size = scale * max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
     before = counted.float().clone()
     counted += (size * direction).to(value.dtype)
     # As rounded: what was added is not quite what was asked for.

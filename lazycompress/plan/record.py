@@ -81,13 +81,13 @@ def calibrate(
             other = _recorded(loop, run, seed + run, first)
             found.append(_responses(loop, run, other, skips[run]))
             recorded.append(other.without_tape())
-    ratios = [ratio for own in found for ratio in own]
+    responses = [response for own in found for response in own]
     return Calibration(
         timesteps=tuple(reading.timestep for reading in first.readings),
         streams=tuple(reading.stream for reading in first.readings),
         gram=np.concatenate([run.gram for run in recorded]),
         reach=first.mixing.reach,
-        gain=gain_of(calls, [skip for own in skips for skip in own], ratios),
+        gain=gain_of(calls, [skip for own in skips for skip in own], responses),
         image=np.concatenate([run.image for run in recorded]),
         weights=weights,
         calls=total,
@@ -169,18 +169,18 @@ def _recorded(loop: _Loop, run: int, seed: int, first: _Recorded | None) -> _Rec
 
 
 def _responses(loop: _Loop, run: int, recorded: _Recorded, skips: Sequence[Skip]) -> list[Floats]:
-    """Ratios of the skips of one run, those in the checkpoint read."""
+    """Responses to the skips of one run, those in the checkpoint read."""
     tape = recorded.tape
     found = []
     for skip in skips:
         name = f"skip-{run}-{skip.calls[0]}-{len(skip.calls)}"
         old = loop.kept.get(name)
-        if old is None or "ratio" not in old:
+        if old is None or "response" not in old:
             if tape is None:
                 tape = loop.tape(recorded.seed)
-            old = {"ratio": respond(tape, recorded.mixing, skip, loop.dense, loop.denoise, loop.sampler)}
+            old = {"response": respond(tape, recorded.mixing, skip, loop.dense, loop.denoise, loop.sampler)}
             loop.kept.put(name, old)
-        found.append(old["ratio"])
+        found.append(old["response"])
     return found
 
 

@@ -3,7 +3,8 @@
 An error early in the loop is corrected by the calls after it, a hundredfold in some models. In a few images it decides
 between two outcomes, and grows. The gain is the root mean square over all images, those of the calibration and others:
 ratios are about log-normal, so it is taken from the mean and the variance of their logarithms, smoothed over the calls. The
-root mean square of sixteen ratios would say more about one image than about the model.
+root mean square of sixteen ratios would say more about one image than about the model. Images that change fast are often
+those that let more through: the covariance of the two counts, too.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _skip(own: Sequence[int], at: int, length: int) -> Skip:
 
 
 def respond(tape: Tape, mixing: Mixing, skip: Skip, dense: Dense, denoise: Denoise, sampler: Sampler) -> Floats:
-    """Ratio of the true change of the latents to the one without a response, for each image: float64 [B]; NaN for 0 / 0."""
+    """Mean squared change of each image's latents, and what it were without a response: float64 [2, B]."""
     past = [(tape.readings[call].timestep, tape.output(call)) for call in skip.past]
     forecasts = {call: forecast_output(past, tape.readings[call].timestep, 1) for call in skip.calls}
     last = skip.calls[-1]
@@ -92,25 +93,39 @@ def respond(tape: Tape, mixing: Mixing, skip: Skip, dense: Dense, denoise: Denoi
         error = first_of(output).cpu().float() - tape.value(call).float()
         open_loop = open_loop + mixing.reach[call] * mixing.prediction(error, call, tape.final).double()
     expected = open_loop.square().mean(dim=1)
-    ratio = (moved.square().mean(dim=1) / expected).sqrt()
-    found: Floats = torch.where(expected > 0, ratio, torch.nan).numpy()
+    found: Floats = torch.stack([moved.square().mean(dim=1), expected]).numpy()
     return found
 
 
-def gain_of(calls: int, skips: Sequence[Skip], ratios: Sequence[Floats]) -> Floats:
-    """Gain at each call, float64 [T], of the ratios that skips gave, each [images]."""
-    at = np.array([np.mean(skip.calls) for skip in skips])
-    logs = [np.log(np.clip(r[np.isfinite(r)], *BOUNDS)) for r in ratios]
-    kept = [k for k, values in enumerate(logs) if len(values)]
-    if not kept:
+def gain_of(calls: int, skips: Sequence[Skip], responses: Sequence[Floats]) -> Floats:
+    """Gain at each call, float64 [T], of what `respond` found for each skip."""
+    at, means, spreads, counts = [], [], [], []
+    for skip, (moved, expected) in zip(skips, responses, strict=True):
+        there = expected > 0
+        if not there.any():
+            continue
+        logs = 0.5 * np.log(np.clip(moved[there] / expected[there], BOUNDS[0] ** 2, BOUNDS[1] ** 2))
+        at.append(float(np.mean(skip.calls)))
+        means.append(logs.mean())
+        spreads.append(_excess(logs, np.log(expected[there])))
+        counts.append(len(logs))
+    if not at:
         return np.ones(calls)
-    at = at[kept]
-    means = np.array([logs[k].mean() for k in kept])
-    spreads = np.array([logs[k].var(ddof=1) if len(logs[k]) > 1 else 0.0 for k in kept])
+    return _curve(calls, np.array(at), np.array(means), np.array(spreads), np.array(counts, dtype=np.float64))
+
+
+def _excess(logs: Floats, sizes: Floats) -> float:
+    """Logarithm of the root mean square of log-normal ratios, weighted by sizes, less the mean of the logarithms."""
+    if len(logs) < 3:
+        return 0.0
+    return float(np.cov(logs, sizes)[0, 1] + logs.var(ddof=1))
+
+
+def _curve(calls: int, at: Floats, means: Floats, spreads: Floats, counts: Floats) -> Floats:
+    """Gains at all calls of logarithms at some."""
     order = np.argsort(at, kind="stable")
-    at, means, spreads = at[order], means[order], spreads[order]
+    at, means, spreads, counts = at[order], means[order], spreads[order], counts[order]
     width = SMOOTH * (at[-1] - at[0]) / max(1, len(set(at)) - 1) or 1.0
-    counts = np.array([len(logs[k]) for k in kept], dtype=np.float64)[order]
     smooth = _smooth(at, means, counts, width), _smooth(at, spreads, counts, width)
     where = np.arange(calls)
     log_gain = np.interp(where, at, smooth[0]) + np.interp(where, at, smooth[1])

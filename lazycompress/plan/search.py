@@ -17,7 +17,7 @@ from .price import Bools, Ints, Pricing
 __all__ = ["Guards", "Reach", "plan_for", "plans_for", "predict"]
 
 #: Chains of each order that look at once.
-CHAINS = 12
+CHAINS = 10
 
 #: Exchanges that each chain tries.
 ROUNDS = 1500

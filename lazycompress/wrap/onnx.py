@@ -21,12 +21,15 @@ from .symbols import Body, Symbol
 try:
     import onnx
     from onnx import numpy_helper
-    from onnx.external_data_helper import uses_external_data
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("onnx", "onnx", "wrapping an ONNX model") from _error
 
 #: Of the names of new nodes and values.
 PREFIX = "lazycompress."
+
+#: Weights in files of their own that are smaller come into the model: sizes among them, which a body has to see.
+_SMALL = 1024
 
 #: The oldest operators that have what is written here.
 OLDEST = 13
@@ -189,15 +192,25 @@ def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """A model; the weights that it has in files of their own stay there.
+    """A model; the weights that it has in files of their own stay there, but for small ones.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
+        for tensor in _tensors(model.graph):
+            if uses_external_data(tensor) and int(_entries(tensor).get("length", _SMALL + 1)) <= _SMALL:
+                load_external_data_for_tensor(tensor, str(path.parent))
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                del tensor.external_data[:]
     except Exception as error:  # protobuf has an error class of its own
         raise InputError(f"{path} is no ONNX model: {' '.join(str(error).split())[-200:]}") from None
+    return model
+
+
+def _entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
 
 
 def data_files(model: onnx.ModelProto) -> list[str]:
@@ -209,7 +222,7 @@ def data_files(model: onnx.ModelProto) -> list[str]:
     found: dict[str, None] = {}
     for tensor in _tensors(model.graph):
         if uses_external_data(tensor):
-            location = {entry.key: entry.value for entry in tensor.external_data}["location"]
+            location = _entries(tensor)["location"]
             if Path(location).is_absolute() or ".." in Path(location).parts:
                 raise InputError(f"the weights {tensor.name} are in {location}, which is not in the model's folder")
             found[location] = None

@@ -51,8 +51,9 @@ _NODES: dict[str, Callable[..., Any]] = {
     "Mul": ops.multiply,
     "Div": ops.divide,
     "Mod": ops.mod,
-    "Greater": ops.greater,
-    "GreaterOrEqual": ops.greater_equal,
+    # Turned round: what is not a number counts as greater than anything with the CPU's own operators (2026.4).
+    "Greater": lambda x, y: ops.less(y, x),
+    "GreaterOrEqual": lambda x, y: ops.less_equal(y, x),
     "LessOrEqual": ops.less_equal,
     "Equal": ops.equal,
     "And": ops.logical_and,

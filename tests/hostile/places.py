@@ -335,12 +335,14 @@ TRIES = [
     Try("places: save into a name with spaces", lambda f: lazycompress.save(made.lazy(), f / "my gates ü"), None),
     Try("places: save into a name of 240 letters", lambda f: lazycompress.save(made.lazy(), f / ("n" * 240)), None),
     Try(
-        "places: save a model that is not lazy", lambda f: lazycompress.save(made.dense(), f / "g"), "only a lazy model"
+        "places: save a model that is not lazy",
+        lambda f: lazycompress.save(made.dense(), f / "g"),
+        "is not lazy: call lazycompress.apply first",
     ),  # type: ignore[arg-type]
     Try(
         "places: export a model that is not lazy",
         lambda f: lazycompress.export(made.dense(), f / "g"),
-        "only a lazy model",
+        "is not lazy: call lazycompress.apply first",
     ),  # type: ignore[arg-type]
     Try(
         "places: export to no format", lambda f: lazycompress.export(made.lazy(), f / "g", format="tflite"), "'tflite'"

@@ -297,7 +297,7 @@ TRIES = [
         "Tiny raised",
     ),
     sampler("two batch sizes in one run", lambda: two_sizes, r"with batches of \[2, 3\] in one run"),
-    sampler("without gradients", lambda: torch.no_grad()(sample), "no gradient reaches the model through the sampler"),
+    sampler("without gradients", lambda: torch.no_grad()(sample), None),
     # what it draws
     sampler("sets torch's seed", lambda: reseeds, RESEEDS),
     sampler("a generator of its own, made anew", lambda: own_generator, RESEEDS),
@@ -330,7 +330,7 @@ TRIES = [
     sampler(
         "a number of calls drawn from torch's noise",
         lambda: lambda model: sample(model, steps=2 + int(torch.randint(0, 5, ()))),
-        r"\d( times)?(, | steps in one run and )\d.*gates need a fixed number",
+        "all make the same calls|gates need a fixed number",
     ),
     # what it raises
     sampler(

@@ -19,7 +19,7 @@ from lazycompress.errors import LazyCompressError
 from lazycompress.export.card import CARD_FILE, check_files, read_card
 from lazycompress.export.check import CHECK_FILE, recorded_calls
 from lazycompress.files import read_tensors
-from lazycompress.gates_file import decoded_example, read_gates, read_gates_card
+from lazycompress.gates_file import decoded_example, read_gates, read_gates_card, read_recipe
 from lazycompress.train.checkpoint import Checkpoint
 
 from . import made
@@ -106,7 +106,7 @@ def test_gates(data: st.DataObject) -> None:
             path.write_bytes(data.draw(_changed_bytes(path.read_bytes())))
         with _in_one_line():
             found = read_gates_card(gates)
-            found.read_recipe(card)
+            read_recipe(found.recipe, card)
             assert read_gates(gates, found).grid.isfinite().all()
             decoded_example(found, card, Zeros(torch.device("meta")))
 

@@ -20,7 +20,7 @@ from lazycompress.runtime import LazyModel
 from lazycompress.train.trainer import TrainReport
 
 from .harness import Try
-from .models import BATCH, CHANNELS, TOKENS, good, learn, sample, times
+from .models import BATCH, CHANNELS, LEARN, TOKENS, good, learn, sample, times
 
 LABELS = torch.tensor([0, 1])
 X = torch.ones(BATCH, TOKENS, CHANNELS)
@@ -29,7 +29,7 @@ X = torch.ones(BATCH, TOKENS, CHANNELS)
 @functools.cache
 def shared() -> LazyModel:
     """One lazy model for all tries of this module, which leave its gates and its policy as they were."""
-    lazy: LazyModel = learn()
+    lazy: LazyModel = learn(recipe={**LEARN, "units": "branches"})
     return lazy
 
 

@@ -194,18 +194,17 @@ def test_whatever_comes_in_whatever_order(pair: Make, seed: int) -> None:
 
 def test_what_is_not_a_number_stays_in_its_image(pair: Make) -> None:
     plan = even(TIMES, 0.5, 2)
-    lazy, _ = pair(plan)
-    clean, _ = pair(plan)
-    good, bad = Image(1, prompt(1)), Image(1, prompt(1))
+    (lazy, full), (clean, _) = pair(plan), pair(plan)
+    bad = Image(1, prompt(1))
     for k in range(len(TIMES)):
         if k == 4:
             bad.latents[1] = np.nan
-        ours, theirs = lazy(**bad.inputs()), clean(**good.inputs())
-        if plan.computes[k] or k < 4:
-            np.testing.assert_array_equal(ours[0], theirs[0])
-        assert np.isfinite(ours[0]).all()
-        bad.step(ours)
-        good.step(theirs)
+        inputs = bad.inputs()
+        output = lazy(**inputs)
+        if k >= 4:  # the second sample has to compute again and again
+            np.testing.assert_array_equal(output[0], full(**inputs)[0])
+        assert np.isfinite(output[0]).all()
+        bad.step(output)
     after, expected = Image(5, prompt(1)), Image(5, prompt(1))
     for _ in range(len(TIMES)):
         ours, theirs = lazy(**after.inputs()), clean(**expected.inputs())

@@ -1,0 +1,143 @@
+"""Plans that are searched for: priced right where the theory is exact, any number of steps, shares, guards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lazycompress.errors import InputError
+from lazycompress.plan.calibration import Calibration
+from lazycompress.plan.judge import judge
+from lazycompress.plan.learn import learn_plan
+from lazycompress.plan.plan import Plan, forecast
+from lazycompress.plan.price import points_of
+from lazycompress.plan.record import calibrate
+from lazycompress.plan.search import evens, plan_for, predict
+
+from .toy import Toy, euler, read
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return calibrate(Toy(pull=1.0), euler(images=16), read=read, progress=False)
+
+
+@given(
+    computes=st.lists(st.booleans(), min_size=1, max_size=12).map(lambda c: [True, *c]),
+    order=st.sampled_from([0, 1, 2]),
+    twice=st.booleans(),
+)
+def test_plans_are_priced_by_the_forecast_that_runs(computes: list[bool], order: int, twice: bool) -> None:
+    """Samplers of second order call twice at one timestep."""
+    times = np.array([float(-((k + 1) // 2) if twice else -(k**1.5)) for k in range(len(computes))])
+    points, weights = points_of(np.array([computes]), times, order)
+    for call in range(len(computes)):
+        found = np.zeros(len(computes))
+        for point, weight in zip(points, weights, strict=True):
+            found[max(point[0, call], 0)] += weight[0, call]
+        expected = np.zeros(len(computes))
+        past = [k for k in range(call + 1) if computes[k]]
+        if computes[call]:
+            expected[call] = 1.0
+        else:
+            for k, weight in forecast([times[p] for p in past], times[call], order):
+                expected[past[k]] = weight
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [0.25, 0.5, 0.7])
+def test_predicted_errors_are_true_where_the_theory_is_exact(calibration: Calibration, target: float) -> None:
+    for plan in [*evens(calibration, target), plan_for(calibration, target)]:
+        (found,) = judge(Toy(pull=1.0), euler(images=16), [plan], read=read, seeds=[7])
+        assert 0.4 < predict(calibration, plan).mean() / found.errors.mean() < 2.5
+
+
+@pytest.mark.parametrize("target", [0.25, 0.34, 0.5])
+def test_plans_beat_even_ones_on_fresh_noise(calibration: Calibration, target: float) -> None:
+    ours, *even = judge(
+        Toy(pull=1.0),
+        euler(images=16),
+        [plan_for(calibration, target), *evens(calibration, target, (0, 1, 2))],
+        read=read,
+        seeds=[8, 9],
+    )
+    assert ours.errors.mean() < min(other.errors.mean() for other in even)
+    assert ours.calls == sum(ours.plan.computes) * 2
+
+
+@settings(deadline=None, max_examples=12)
+@given(steps=st.integers(1, 250), target=st.floats(0.02, 1.0))
+def test_one_calibration_plans_any_number_of_steps(calibration: Calibration, steps: int, target: float) -> None:
+    timesteps = [1 - k / steps for k in range(steps)]
+    plan = plan_for(calibration, target, timesteps, orders=(1,))
+    assert plan.timesteps == tuple(timesteps)
+    assert plan.share == pytest.approx(max(target, 1 / steps), abs=1 / steps)
+    assert plan.share <= max(target, 1 / steps) + 1e-9
+
+
+def test_interpolated_calibrations_price_like_their_own(calibration: Calibration) -> None:
+    own = calibrate(Toy(pull=1.0), euler(32, images=16), read=read, progress=False)
+    for plan in evens(own, 0.4):
+        assert 0.4 < predict(calibration, plan).mean() / predict(own, plan).mean() < 2.5
+
+
+def test_the_same_arguments_give_the_same_plan(calibration: Calibration) -> None:
+    torch.manual_seed(1)
+    first = plan_for(calibration, 0.4)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    assert plan_for(calibration, 0.4) == first
+
+
+def test_plans_keep_to_guards(calibration: Calibration) -> None:
+    plan = plan_for(calibration, 0.5, first=3, last=2, max_reuse=2)
+    assert all(plan.computes[:3])
+    assert all(plan.computes[-2:])
+    assert ".." not in "".join("x" if c else "." for c in plan.computes).replace("..", ",")
+
+
+def test_each_stream_begins_with_a_computation(calibration: Calibration) -> None:
+    plan = plan_for(calibration, 0.5, [t for t in calibration.timesteps for _ in (0, 1)], streams=[0, 0] * 20)
+    assert plan.computes[0]
+    with pytest.raises(InputError, match="no stream 1"):
+        plan_for(calibration, 0.5, streams=[0, 1] * 10)
+
+
+@pytest.mark.parametrize(
+    ("target", "keywords", "says"),
+    [
+        (0.0, {}, "above 0 and at most 1"),
+        (float("nan"), {}, "above 0 and at most 1"),
+        (1.5, {}, "above 0 and at most 1"),
+        (0.5, {"timesteps": []}, "one timestep or more"),
+        (0.5, {"timesteps": [1.0, float("inf")]}, "finite"),
+        (0.5, {"orders": [3]}, "orders"),
+        (0.1, {"first": 3}, "raise the target"),
+        (0.5, {"max_reuse": 0}, "max_reuse"),
+        (0.5, {"reach": lambda timesteps: np.ones(3)}, "reach gave"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(calibration: Calibration, target: float, keywords: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        plan_for(calibration, target, **keywords)
+
+
+def test_plans_for_other_calls_are_not_judged(calibration: Calibration) -> None:
+    plan = plan_for(calibration, 0.5, [1 - k / 10 for k in range(10)])
+    with pytest.raises(InputError, match="10 calls of an image, and the sampler makes 20"):
+        judge(Toy(), euler(), [plan], read=read, seeds=[0])
+    shifted = Plan(tuple(t + 0.1 for t in calibration.timesteps), (True,) * 20)
+    with pytest.raises(InputError, match=r"call 1 is at timestep 1\.1"):
+        judge(Toy(), euler(), [shifted], read=read, seeds=[0])
+
+
+def test_learned_plans_are_no_worse_than_even_ones_and_their_report_is_one_line() -> None:
+    found = learn_plan(Toy(pull=1.0), euler(images=16), 0.4, read=read, progress=False)
+    assert found.report.error <= found.report.even
+    assert found.report.runs <= 15
+    assert found.plan.share == found.report.share == 0.4
+    assert "\n" not in str(found.report)
+    assert "40% of the calls computed (target 40%)" in str(found.report)
