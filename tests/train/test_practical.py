@@ -30,6 +30,7 @@ from lazycompress.train.trajectory import linearise
 from tests.conftest import two_blocks
 
 QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
+SLOW = pytest.mark.slow(seconds=8)
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "train.effort": 0.06}
 
 
@@ -175,8 +176,12 @@ def test_without_resume_the_command_line_begins_anew(tmp_path: Path, capsys: pyt
     ("change", "expected"),
     [
         ({"train.seed": 1}, r"keeps another training: train\.seed was 0, now it is 1; delete the folder"),
-        ({"target": 0.6}, r"target was 0\.5, now it is 0\.6"),
-        ({"sampling.conditions": {"class_labels": {"kind": "integers", "high": 3}}}, r"high was 10, now it is 3"),
+        pytest.param({"target": 0.6}, r"target was 0\.5, now it is 0\.6", marks=SLOW),
+        pytest.param(
+            {"sampling.conditions": {"class_labels": {"kind": "integers", "high": 3}}},
+            r"high was 10, now it is 3",
+            marks=SLOW,
+        ),
     ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused(
@@ -375,7 +380,10 @@ def test_learning_in_less_memory_meets_the_target(digits: nn.Module, whole: Lazy
     same_gates(whole, learn(digits, {**QUICK, "train.checkpointing": True}), atol=1e-4)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"train.checkpointing": True}, {"train.precision": "bfloat16"}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, *(pytest.param(o, marks=SLOW) for o in ({"train.checkpointing": True}, {"train.precision": "bfloat16"}))],
+)
 def test_the_estimate_of_memory_is_what_a_run_keeps(lazy: LazyModel, overrides: dict[str, Any]) -> None:
     recipe = load_recipe("digits_dit.yaml", {**QUICK, **overrides})
     assert recipe.sampling is not None
@@ -432,7 +440,7 @@ def test_the_machine_says_what_is_free() -> None:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (QUICK, ("error=", "skipped=", "run/s")),
+        pytest.param(QUICK, ("error=", "skipped=", "run/s"), marks=SLOW),
         ({**PAPER, "train.effort": 0.01}, ("error=", "skipped=", "penalty=", "step/s")),
     ],
 )
