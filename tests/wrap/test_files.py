@@ -146,7 +146,12 @@ def test_nothing_new_computes_in_bfloat16(tmp_path: Path) -> None:
 def test_the_folder_says_what_it_holds(tmp_path: Path) -> None:
     out = lazycompress.wrap(openvino_model(), PLAN, tmp_path / "lazy")
     card = json.loads((out / "lazycompress.json").read_text(encoding="utf-8"))
-    assert card["plan"] == {"timesteps": list(TIMES), "computes": list(PLAN.computes), "order": 1}
+    assert card["plan"] == {
+        "timesteps": list(TIMES),
+        "computes": list(PLAN.computes),
+        "order": 1,
+        "streams": [0] * len(TIMES),
+    }
     assert (card["timestep"], card["latents"], card["conditions"]) == (
         "timestep", "hidden_states", ["encoder_hidden_states"],
     )  # fmt: skip
