@@ -53,7 +53,8 @@ def test_the_wheel_holds_the_package_the_shim_and_nothing_else(wheel: Path) -> N
     expected = set()
     for folder, target in (
         ("lazycompress", "lazycompress"), ("integrations/diffusers", "lazycompress/integrations/diffusers"),
-        ("integrations/digits", "lazycompress/integrations/digits"), ("recipes", "lazycompress/recipes"),
+        ("integrations/digits", "lazycompress/integrations/digits"),
+        ("integrations/emoji", "lazycompress/integrations/emoji"), ("recipes", "lazycompress/recipes"),
     ):  # fmt: skip
         expected |= {
             f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
