@@ -32,6 +32,7 @@ MAX_TOKENS = MAX_WORDS + 2
 TEXT_WIDTHS = (128, 64)
 """Widths of the two text encoders; a word token of the denoiser is both, side by side."""
 
+_MAX_POSITIONS = 16  # optimum-intel traces a text encoder with 16 tokens, whatever its tokenizer gives
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 AUTOENCODER_CONFIG: Mapping[str, Any] = {
@@ -100,7 +101,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int) -> nn.Module:
         intermediate_size=4 * width,
         num_attention_heads=width // 32,
         num_hidden_layers=2,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=_MAX_POSITIONS,
         projection_dim=width,
         hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id,

@@ -60,7 +60,7 @@ class Schedule:
 def fit(stage: Stage, schedule: Schedule, out: Path, seed: int, device: torch.device) -> nn.Module:
     """Trains ``stage.model``, or goes on from the checkpoint in ``out``; kill it whenever you like.
 
-    Besides the bar, ``out/progress.txt`` always holds one line: updates, loss, pictures a second.
+    Besides the bar, ``out/NAME-progress.txt`` always holds one line: updates, loss, pictures a second.
 
     Returns:
         The averaged model, in evaluation mode.
@@ -119,7 +119,7 @@ def fit(stage: Stage, schedule: Schedule, out: Path, seed: int, device: torch.de
         if now - spoken > 10:
             speed = (done - first) * schedule.batch / (now - started)
             line = f"{stage.name}: {done} updates, loss {recent.item():.4f}, {speed:.1f} pictures/s"
-            (out / "progress.txt").write_text(line + "\n", encoding="utf-8")
+            (out / f"{stage.name}-progress.txt").write_text(line + "\n", encoding="utf-8")
             progress.set_postfix_str(f"loss {recent.item():.4f}, {speed:.0f} pictures/s", refresh=False)
             spoken = now
         if now - saved > schedule.checkpoint_seconds or done == schedule.updates:
