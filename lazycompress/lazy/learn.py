@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError, RecipeError
 from ..plan.calibration import Calibration
 from ..plan.learn import PlanReport, learn_plan
 from ..plan.plan import Plan, dense
@@ -75,6 +77,7 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
     if not recipe.train.enabled:
         return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams)), None
     train, target = recipe.train, recipe.targets[0]
+    _check_times(times, streams, target)
     found = learn_plan(
         watch.inner, sampler, target, read=reading(watch.reader), orders=orders_of(recipe.forecast),
         guards=Ends(recipe.guards.warmup_steps, recipe.guards.last_steps, recipe.guards.max_reuse), seed=train.seed,
@@ -82,6 +85,33 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
     )  # fmt: skip
     planner = Search(found.calibration, recipe.forecast, recipe.guards)
     return Engine(watch.reader, found.plan, planner, target), found.report
+
+
+def _check_times(times: Sequence[float], streams: Sequence[int], target: float) -> None:
+    """Whether calls at these timesteps are an image's, some of which may be left out.
+
+    Raises:
+        InputError: they are not.
+        RecipeError: the target leaves none of them.
+    """
+    shown = ", ".join(f"{time:g}" for time in times[:6])
+    one = [time for time, stream in zip(times, streams, strict=True) if stream == streams[0]]
+    steps = [after - before for before, after in pairwise(one)]
+    if not steps:
+        raise InputError("the sampler calls the model once: there is no call to reuse")
+    if not any(steps):
+        raise InputError(
+            f"what is taken for the timestep was {shown} in the calls of one run: name the timestep with the recipe key "
+            "timestep_input"
+        )
+    if min(steps) < 0 < max(steps):
+        raise InputError(f"the sampler's timesteps neither rise nor fall: {shown}, ...")
+    least = len(set(streams)) / len(times)
+    if least > target:
+        raise RecipeError(
+            f"target {target:g}: the first of {len(one)} calls computes always, which is {least:.0%}: raise the target, or take "
+            "more steps"
+        )
 
 
 def orders_of(highest: int) -> range:
