@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadgroup --durations 10
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10
 
 .PHONY: help demo test test-all lint bench bench-export bench-compose bench-quality docs kills check-extras clean
 

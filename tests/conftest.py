@@ -12,7 +12,7 @@ from torch import nn
 from lazycompress.gate import Gates
 from lazycompress.graph.locate import Branch
 from lazycompress.integrations.digits.model import load_bundled
-from tests.slices import Slice, choose, unit
+from tests.slices import Slice, choose
 
 torch.set_num_threads(1)
 
@@ -21,17 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slice", default="", metavar="K/N", help="run part K of N, which take about the same time each")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share something of their module go to one process, and to one slice."""
+    """Tests that share something of their module go to one slice."""
     if config.getoption("slice"):
         kept = choose(items, Slice.parse(config.getoption("slice")))
         left = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept
-    for item in items:
-        if unit(item) != item.nodeid:
-            item.add_marker(pytest.mark.xdist_group(unit(item)))
 
 
 @pytest.fixture(scope="session")

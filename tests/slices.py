@@ -1,4 +1,4 @@
-"""Which tests run together: in one process of several, and in one slice of the suite (`--slice 3/8`)."""
+"""Which tests belong to one slice of the suite (`--slice 3/8`)."""
 
 from __future__ import annotations
 
