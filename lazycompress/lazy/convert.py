@@ -12,10 +12,9 @@ from ..errors import ExportError, InputError
 from ..gate import Gates
 from ..graph.capture import take_apart
 from ..graph.locate import Branch
-from ..plan.plan import Plan
+from ..plan.plan import Plan, stream_of
 from ..runtime import LazyModel
 from .attach import Handle, handle_of
-from .follow import stream_of
 from .model import LazyModule
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LazyCompressError
-from ..plan.plan import Plan, forecast
+from ..plan.plan import Plan, forecast, stream_of
 from .calls import Call, Reader
 from .eager import around, eager
-from .follow import Pace, alike, as_seen, spread, stream_of
+from .follow import Pace, alike, as_seen, spread
 from .images import Images, Record, Sample
 from .outputs import Form, take_apart
 from .prints import Eye, Sight

@@ -77,13 +77,6 @@ class Density:
         return values[k] + min(max(share, 0.0), 1.0) * (values[k + 1] - values[k])
 
 
-def stream_of(plan: Plan, stream: int) -> Plan:
-    """The calls of one stream of a plan; of its last one, if it has fewer."""
-    stream = min(stream, max(plan.streams))
-    places = [k for k, own in enumerate(plan.streams) if own == stream]
-    return Plan(tuple(plan.timesteps[k] for k in places), tuple(plan.computes[k] for k in places), plan.order)
-
-
 def in_turns(timesteps: Sequence[float], streams: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Timesteps and streams of the calls, if each of so many streams is called at each of the timesteps."""
     calls = [(t, stream) for t in timesteps for stream in range(streams)]

@@ -67,6 +67,13 @@ class Plan:
         return sum(self.computes) / len(self.computes)
 
 
+def stream_of(plan: Plan, stream: int) -> Plan:
+    """The calls of one stream of a plan; of its last one, if it has fewer."""
+    stream = min(stream, max(plan.streams))
+    places = [k for k, own in enumerate(plan.streams) if own == stream]
+    return Plan(tuple(plan.timesteps[k] for k in places), tuple(plan.computes[k] for k in places), plan.order)
+
+
 def dense(timesteps: Sequence[float]) -> Plan:
     """The plan that computes everything."""
     return Plan(tuple(timesteps), (True,) * len(timesteps))

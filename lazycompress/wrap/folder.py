@@ -16,6 +16,7 @@ from ..graph.insert import is_timestep_name
 from ..places import EXPORT, seal, whole_folder
 from ..plan.plan import Plan
 from .controller import Controller
+from .plans import of_all_passes
 from .ports import Port, find_roles
 from .timetable import Timetable
 
@@ -91,7 +92,7 @@ def wrap(
     """
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise InputError(f"streams: a number of at least 1 is needed, there was {streams!r}")
-    options = Options(plan, timestep_input, tuple(moving), streams)
+    options = Options(of_all_passes(plan), timestep_input, tuple(moving), streams)
     target = Path(out)
     if not isinstance(file, str | Path):
         with whole_folder(target, EXPORT, overwrite) as folder:

@@ -1,13 +1,29 @@
-"""Plans as JSON: `{"timesteps": [...], "computes": [...], "order": 2}`."""
+"""Plans as files: `plan.json` as `lazycompress.save` writes it, or `{"timesteps": [...], "computes": [...], "order": 2}`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InputError
-from ..plan.plan import Plan
+from ..files import checked, read_object
+from ..gates_file import Finite
+from ..plan.plan import Plan, stream_of
+
+_Streams = list[Annotated[int, Field(ge=0, le=64)]]
+
+
+class _File(BaseModel):
+    """What a file of a plan needs to hold; whatever else `save` writes is not for files."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    timesteps: list[Finite] = Field(min_length=1, max_length=100_000)
+    computes: list[bool]
+    order: int = 2
+    streams: _Streams = Field(default_factory=list)
 
 
 def read_plan(path: Path) -> Plan:
@@ -16,24 +32,23 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: there is none that can be followed.
     """
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"the plan {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(found, dict) or not {"timesteps", "computes"} <= found.keys() <= {
-        "timesteps",
-        "computes",
-        "order",
-    }:
-        raise InputError(f"the plan {path} is no JSON object with timesteps and computes, and perhaps an order")
-    timesteps, computes, order = found["timesteps"], found["computes"], found.get("order", 2)
-    if not _all(timesteps, (int, float)) or not _all(computes, (bool,)) or isinstance(order, bool):
-        raise InputError(f"the plan {path}: timesteps are numbers, and computes is true or false for each")
-    return Plan(tuple(float(t) for t in timesteps), tuple(computes), order)
+    file = checked(read_object(path, InputError), _File, path, InputError)
+    return Plan(tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams))
 
 
-def _all(values: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(values, list) and all(type(value) in kinds for value in values)
+def of_all_passes(plan: Plan) -> Plan:
+    """The plan of each pass of guidance in calls of their own, which a file follows for every pass alike.
+
+    Raises:
+        InputError: the passes have plans that differ.
+    """
+    passes = [stream_of(plan, stream) for stream in sorted(set(plan.streams))]
+    if any(other != passes[0] for other in passes[1:]):
+        raise InputError(
+            f"a file follows one plan for all passes of guidance, and the {len(passes)} passes of this one have plans of "
+            "their own: learn with guidance in one batch, or make a plan of one of them"
+        )
+    return passes[0]
 
 
-__all__ = ["read_plan"]
+__all__ = ["of_all_passes", "read_plan"]

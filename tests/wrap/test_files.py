@@ -16,6 +16,7 @@ import lazycompress
 from lazycompress import InputError, LazyCompressError
 from lazycompress.cli import main
 from lazycompress.plan.plan import Plan, even
+from lazycompress.wrap.plans import read_plan
 
 from .models import CHANNELS, WIDTH, Onnx, OpenVINO, onnx_model, openvino_model
 
@@ -250,3 +251,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["wrap", str(tmp_path / "dense.onnx"), str(tmp_path / "other"), "--plan", str(tmp_path / "plan.json")])
     assert "plan.json" in capsys.readouterr().err
+
+
+def test_a_saved_plan_is_a_plan_for_files(tmp_path: Path) -> None:
+    """What `save` writes for guidance in two calls, whose passes have one plan; passes with plans of their own are refused."""
+    calls = [(time, stream) for time in TIMES for stream in (0, 1)]
+    found = {
+        "lazycompress": "0.1.0", "model": "Any", "timesteps": [time for time, _ in calls],
+        "computes": [computes for computes in PLAN.computes for _ in (0, 1)], "order": 1,
+        "streams": [stream for _, stream in calls],
+    }  # fmt: skip
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    out = lazycompress.wrap(openvino_model(), read_plan(path), tmp_path / "lazy")
+    card = json.loads((out / "lazycompress.json").read_text(encoding="utf-8"))
+    assert card["plan"]["computes"] == list(PLAN.computes)
+    apart = Plan(tuple(found["timesteps"]), (*[True] * (len(calls) - 1), False), 1, tuple(found["streams"]))
+    with pytest.raises(InputError, match="plans of their own"):
+        lazycompress.wrap(openvino_model(), apart, tmp_path / "other")
