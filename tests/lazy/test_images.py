@@ -55,6 +55,19 @@ def test_requests_in_any_turns_equal_their_lone_runs(order: list[int], prompts: 
     assert lazy.summary().skip_ratio == pytest.approx(SKIPPED)
 
 
+def test_large_batches_of_one_prompt_skip_their_share_and_may_be_shuffled() -> None:
+    """More samples than are kept of single requests, all of one prompt; half-way they change places."""
+    lazy, batch = make_lazy(), 150
+    x, same = noise(3, batch), prompt(0).expand(batch, 5)
+    expected = alone(lazy, x, same)
+    lazy.reset()
+    latents = last(itertools.islice(steps(lazy, x, same), STEPS // 2))
+    places = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    found = last(steps(lazy, latents[places], same, TIMES[STEPS // 2 :]))
+    torch.testing.assert_close(found, expected[places], rtol=0, atol=1e-5)
+    assert lazy.summary().skip_ratio == pytest.approx(SKIPPED)
+
+
 def test_an_interrupted_image_leaves_nothing_to_the_next() -> None:
     lazy = make_lazy()
     for interrupted_at in (1, 4, 9):
