@@ -76,6 +76,40 @@ def place_of(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return first.dtype, first.device
 
 
+class InPlaceOf(nn.Module):
+    """A module in the place of another one: it has that one's config, dtype, device, and all else that it lacks itself.
+
+    Attributes:
+        model: the other one.
+    """
+
+    model: nn.Module
+
+    #: What is this module's own, even before it is there.
+    own = ("model", "gates", "engine")
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found = getattr(self.model, "dtype", None)
+        return found if isinstance(found, torch.dtype) else place_of(self.model)[0]
+
+    @property
+    def device(self) -> torch.device:
+        return place_of(self.model)[1]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in self.own:
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in evaluation mode: no dropout, running statistics. Afterwards each part is as it was.

@@ -23,7 +23,7 @@ from .graph.locate import Branch, locate_branches
 from .graph.lower import Controller, lazy_branches, lower
 from .graph.lower_whole import lower_whole
 from .graph.ops import macs_of
-from .models import described, place_of
+from .models import InPlaceOf, described
 from .recipe import Recipe
 from .report import Summary, Usage
 
@@ -80,7 +80,7 @@ class _Program:
                 graph.graph_module.lazy_gates = gates
 
 
-class LazyModel(nn.Module):
+class LazyModel(InPlaceOf):
     """A model that reuses branch outputs of the previous denoising step.
 
     It has the forward signature, return type, `config`, `dtype` and `device` of the model it was made from, and shares
@@ -149,27 +149,6 @@ class LazyModel(nn.Module):
         return use(capture(self.model, call, sizes=False, earlier=earlier))
 
     # -- what the original model has ------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        own = getattr(self.model, "dtype", None)
-        return own if isinstance(own, torch.dtype) else place_of(self.model)[0]
-
-    @property
-    def device(self) -> torch.device:
-        return place_of(self.model)[1]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("model", "gates"):
-                raise
-            return getattr(super().__getattr__("model"), name)
 
     @property
     def past_timestep(self) -> Tensor:

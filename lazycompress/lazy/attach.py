@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..plan.plan import Plan
+from .controls import Controls
 from .eager import around, eager
-from .engine import Engine, Policy, run
+from .engine import Engine, run
 from .scopes import Scope, Surroundings, opened
-from .usage import CallSummary
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def nothing_around(module: nn.Module) -> Scope | None:
     return None
 
 
-class Handle:
+class Handle(Controls):
     """A module with an engine before it.
 
     Attributes:
@@ -58,31 +57,6 @@ class Handle:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_compiled": None, "_standin": None}
-
-    @property
-    def policy(self) -> Policy:
-        """ "learned" (the plan is followed), "compute" (everything is computed), "reuse" (all but first calls are not)."""
-        return self.engine.policy
-
-    @policy.setter
-    def policy(self, value: Policy) -> None:
-        self.engine.policy = value
-
-    @property
-    def plan(self) -> Plan:
-        return self.engine.plan
-
-    def reset(self) -> None:
-        """Forget all images and the statistics. Not needed between images."""
-        self.engine.reset()
-
-    def summary(self) -> CallSummary:
-        """What was computed and what was not since the last `reset()`."""
-        return self.engine.summary()
-
-    def set_target(self, target: float, timesteps: Sequence[float] | Tensor | None = None) -> float:
-        """See `Engine.set_target`."""
-        return self.engine.set_target(target, timesteps)
 
     def take_over(self, other: Handle) -> None:
         """Take what another handle knows beside its engine."""

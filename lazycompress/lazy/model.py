@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..models import evaluating
-from ..plan.plan import Plan
+from ..models import InPlaceOf, evaluating
+from .controls import Controls
 from .eager import around, eager
-from .engine import Engine, Policy, run
+from .engine import Engine, run
 from .scopes import opened
-from .usage import CallSummary, CallUsage
 
 
-class LazyModule(nn.Module):
+class LazyModule(Controls, InPlaceOf):
     """A module some of whose calls are not computed.
 
     It has the forward signature, return type and attributes of the module that it was made from, runs that very module, and
@@ -41,57 +39,7 @@ class LazyModule(nn.Module):
         self._set_standin(None)
         self.training = False  # this module's own; those of the user's are left as they are
 
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        own = getattr(self.model, "dtype", None)
-        return own if isinstance(own, torch.dtype) else next(self.model.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     _standin: Callable[..., Any] | None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("model", "engine"):
-                raise
-            return getattr(super().__getattr__("model"), name)
-
-    @property
-    def policy(self) -> Policy:
-        """ "learned" (the plan is followed), "compute" (everything is computed), "reuse" (all but first calls are not)."""
-        return self.engine.policy
-
-    @policy.setter
-    def policy(self, value: Policy) -> None:
-        self.engine.policy = value
-
-    @property
-    def plan(self) -> Plan:
-        return self.engine.plan
-
-    @property
-    def usage(self) -> CallUsage:
-        return self.engine.usage
-
-    def reset(self) -> None:
-        """Forget all images and the statistics. Not needed between images."""
-        self.engine.reset()
-
-    def summary(self) -> CallSummary:
-        """What was computed and what was not since the last `reset()`."""
-        return self.engine.summary()
-
-    def set_target(self, target: float, timesteps: Sequence[float] | Tensor | None = None) -> float:
-        """Plan for another share of the calls, without learning; see `Engine.set_target`."""
-        return self.engine.set_target(target, timesteps)
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[Any]:
         """As the module's own, if it has one. Nothing depends on it here: calls are told apart by what they are given."""
