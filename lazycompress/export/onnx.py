@@ -14,12 +14,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, MissingExtraError
 from ..graph.ops import FOUR_BITS
 from .card import Weights
+from .decompose import decompose
 from .finite import narrowed
 from .trace import DECISIONS, TracedModel, is_weight
 
@@ -63,6 +65,8 @@ def convert(
         ExportError: the converter does not take the program.
     """
     try:
+        # The exporter asks the program for the operations that it knows: that is the only way to say how they are found.
+        vars(traced.program)["run_decompositions"] = partial(decompose, traced.program)
         with _quiet():
             program = torch.onnx.export(
                 traced.program, (), input_names=traced.inputs, output_names=traced.outputs, dynamo=True, verbose=False,

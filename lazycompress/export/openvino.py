@@ -26,6 +26,7 @@ from torch.export.decomp_utils import CustomDecompTable
 from ..errors import ExportError, MissingExtraError
 from ..graph.insert import FORECAST, StateSpec
 from .card import Weights
+from .decompose import decompose
 from .exact import keep_exact
 from .finite import narrowed
 from .portable import add_sizes, slice_scatter
@@ -189,7 +190,7 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
         if operation in table:
             table.pop(operation)
     table[torch.ops.aten.slice_scatter.default] = slice_scatter
-    module: fx.GraphModule = program.run_decompositions(table).module()
+    module: fx.GraphModule = decompose(program, table).module()
     return add_sizes(module)
 
 
