@@ -127,7 +127,8 @@ class Images:
         taken: dict[int, Sample] = {}
         if scope is None:
             taken = self._in_place(kinds, call, sight, direction)
-            free = [s for s in self._samples if all(s is not other for other in taken.values())]
+            gone = {id(sample) for sample in taken.values()}
+            free = [sample for sample in self._samples if id(sample) not in gone]
             if len(taken) == call.batch:
                 return [taken[row] for row in rows]
         else:
@@ -146,7 +147,9 @@ class Images:
                     taken[row] = here[0]
         pairs = [(row, sample) for row in rows if row not in taken for sample in fitting[row]]
         left = self._unexplained(call, pairs)
-        best = {row: min(r for r, (other, _) in zip(left, pairs, strict=True) if other == row) for row, _ in pairs}
+        best: dict[int, float] = {}
+        for residual, (row, _) in zip(left, pairs, strict=True):
+            best[row] = min(residual, best.get(row, residual))
         ranked = sorted(
             # Where several explain the latents as well, as states of one and the same trajectory do, the place and the nearest
             # timestep decide.
@@ -154,10 +157,12 @@ class Images:
             for k, (residual, (row, sample)) in enumerate(zip(left, pairs, strict=True))
             if residual <= UNEXPLAINED
         )
+        gone = {id(sample) for sample in taken.values()}
         for *_, k in ranked:
             row, sample = pairs[k]
-            if row not in taken and all(sample is not other for other in taken.values()):
+            if row not in taken and id(sample) not in gone:
                 taken[row] = sample
+                gone.add(id(sample))
         return [taken.get(row) for row in rows]
 
     def _in_place(self, kinds: Sequence[Hashable], call: Call, sight: Sight, direction: float) -> dict[int, Sample]:
@@ -197,14 +202,16 @@ class Images:
         """Share of the norm of a row's latents that a sample's past leaves unexplained, for each pair; one transfer."""
         if not pairs:
             return []
-        left = []
-        for row, sample in pairs:
-            partners = [s for s in self._samples if s is not sample and s.scope == sample.scope]
-            partners = [s for s in partners if sample.shares_latents(s)]
-            pasts = [sample, *partners]
-            outputs = [record.tensors[0] for past in pasts for record in reversed(past.records)]
-            left.append(_residual(call.latents[row].detach(), sample.latents, outputs))
+        outputs = {id(sample): self._outputs(sample) for sample in {id(sample): sample for _, sample in pairs}.values()}
+        left = [_residual(call.latents[row].detach(), sample.latents, outputs[id(sample)]) for row, sample in pairs]
         return [value if value == value else 1.0 for value in torch.stack(left).tolist()]
+
+    def _outputs(self, sample: Sample) -> list[Tensor]:
+        """Computed outputs of a sample and of those that shared its latents, its own and the newest first."""
+        partners = [
+            s for s in self._samples if s is not sample and s.scope == sample.scope and sample.shares_latents(s)
+        ]
+        return [record.tensors[0] for past in (sample, *partners) for record in reversed(past.records)]
 
 
 def _at(sample: Sample, row: int, batch: int) -> bool:
