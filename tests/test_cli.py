@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lazycompress
 from lazycompress.cli import main
 from lazycompress.integrations.digits.model import WEIGHTS_DIR
+from tests.export_models import small_dit, small_lazy
 
 MODEL = ["--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml"]
 QUICK = ["--set", "train.effort=0.25", "--set", "sampling.steps=8", "--set", "sampling.batch=4"]
@@ -34,6 +37,23 @@ def test_locate_prints_the_branches(capsys: pytest.CaptureFixture[str], tmp_path
     assert [row["kind"] for row in rows] == ["attention", "mlp"] * 6
 
 
+def test_export_then_summary_then_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, gates, out = (str(tmp_path / name) for name in ("model", "gates", "out"))
+    dit: Any = small_dit()
+    dit.save_pretrained(model)
+    lazycompress.save(small_lazy(), gates)
+    main(["export", "--model", model, "--gates", gates, "--format", "openvino", out])
+    capsys.readouterr()
+    main(["summary", out])
+    assert "openvino, 2 branches" in capsys.readouterr().out
+    main(["verify", out, "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"]
+    assert [(file["directory"], file["flipped"]) for file in said["files"]] == [(out, None)]
+    assert "overwrite=True" in fails(capsys, ["export", "--model", model, "--gates", gates, out])
+
+
+@pytest.mark.slow(seconds=60)
 def test_apply_then_export_then_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     gates, out = str(tmp_path / "gates"), str(tmp_path / "out")
     main(["apply", *MODEL, *QUICK, "--set", "target=0.6", "--json", gates])

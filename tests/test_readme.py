@@ -22,8 +22,8 @@ LEAVES = {
     "ONNX Runtime": "my_model_lazy/model.onnx",
 }
 
-#: The ones that `make test` runs: a pipeline in place, and a model that is written as a file.
-QUICK = {"diffusers", "OpenVINO"}
+#: The one that `make test` runs.
+QUICK = {"diffusers"}
 
 
 def test_there_is_a_quick_start_for_each_audience() -> None:

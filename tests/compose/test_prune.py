@@ -91,6 +91,7 @@ def test_a_gated_mlp_in_one_layer() -> None:
     assert pruned(**INPUTS).shape == (2, 1, 8, 8)
 
 
+@pytest.mark.slow(seconds=13)
 def test_fine_tuning_repairs_the_images(digits: nn.Module) -> None:
     def sampler(model: Any) -> Tensor:
         return digits_sampler(torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,)), 10)(model)

@@ -295,6 +295,7 @@ def test_an_error_above_the_limit_stops_and_leaves_the_model_alone() -> None:
         assert torch.equal(run(lazy), run(plain))
 
 
+@pytest.mark.slow(seconds=27)
 def test_falling_back_leaves_out_the_layers_that_hurt_most() -> None:
     """One layer is made hard to quantize: a huge weight takes the whole range of its channel's activations."""
     model: Any = two_blocks()
@@ -419,6 +420,7 @@ def test_gates_that_move_afterwards_are_those_of_the_graph(stage: str, request: 
     assert shares[1] > 0.5
 
 
+@pytest.mark.slow(seconds=16)
 def test_gates_can_be_learned_on_the_quantized_model() -> None:
     own = {"target": 0.7, "train.effort": 0.2, "order": "quantize_train"}
     lazy = lazycompress.apply(two_blocks(), "lazy_dit_int8.yaml", sampler=sampler, overrides=own, progress=False)

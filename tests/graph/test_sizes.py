@@ -217,7 +217,7 @@ def test_positions_learned_for_one_resolution_keep_it(name: str) -> None:
     assert not captured.sizes.is_dynamic
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("wan", marks=pytest.mark.slow(seconds=13))])
 def test_the_flat_graph_sees_a_new_image_in_a_new_size(name: str) -> None:
     """What exported files do: the state of one size meets a call of another one at a later timestep."""
     specimen = ZOO[name]

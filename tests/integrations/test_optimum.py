@@ -103,6 +103,7 @@ def test_optimum_intel_runs_the_folder_unmodified(name: str, tmp_path: Path) -> 
     assert skipped > 0.2
 
 
+@pytest.mark.slow(seconds=100)
 def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     PIPELINES["sd3"].make().save_pretrained(tmp_path / "pipe")
     recipe = tmp_path / "recipe.yaml"

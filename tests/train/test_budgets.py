@@ -45,6 +45,7 @@ def sample(lazy: LazyModel, seed: int = 99, batch: int = 8) -> Tensor:
 # -- several targets -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(seconds=16)
 def test_a_list_of_targets_leaves_a_schedule_for_each(digits: nn.Module, tmp_path: Path) -> None:
     lazy = learn(digits, target=[0.6, 0.4, 0.8])
     assert len(lazy.gates.frontier) == 3

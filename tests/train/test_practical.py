@@ -153,6 +153,7 @@ def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys:
     assert "nothing to resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow(seconds=20)
 def test_without_resume_the_command_line_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gates = tmp_path / "gates"
     kept = tmp_path / "gates.training"

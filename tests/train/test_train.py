@@ -181,6 +181,7 @@ def test_asked_for_a_ratio_the_gates_give_it_on_fresh_noise(digits: nn.Module, t
     assert float((images - dense).square().mean()) < 0.8 * float((other - dense).square().mean())
 
 
+@pytest.mark.slow(seconds=16)
 def test_the_same_seed_gives_the_same_gates_and_leaves_the_callers_noise_alone(short: nn.Module) -> None:
     def learn(seed: int) -> tuple[LazyModel, Tensor]:
         torch.manual_seed(123)
