@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import lazycompress
 from lazycompress.integrations.emoji import prompts as words
 from lazycompress.integrations.emoji.bundle import Prompts, load_bundled_judge, load_pipeline, prompts, save_pipeline
+from lazycompress.integrations.emoji.evaluate import generate
 from lazycompress.integrations.emoji.judge import Judge
 from lazycompress.integrations.emoji.metrics import psnr, recall_at
 from lazycompress.integrations.emoji.model import (
@@ -157,6 +159,28 @@ class TestPipeline:
             pipe("red heart", **call, generator=torch.Generator().manual_seed(0)).images for pipe in (pipeline, loaded)
         )
         assert psnr(first, second).item() > 40  # stored in half precision
+
+
+class TestBundled:
+    def test_prompts_are_drawn_in_their_colours(self) -> None:
+        pipe: Any = load_pipeline()
+        call = dict(CALL, num_inference_steps=8, guidance_scale=4.0, max_sequence_length=1)
+        images = pipe(["red heart", "yellow heart"], **call, generator=torch.Generator().manual_seed(0)).images
+        red, green = images[:, 0].mean((1, 2)), images[:, 1].mean((1, 2))
+        assert red[0] > green[0] + 0.2
+        assert green[1] > green[0] + 0.2
+
+    @pytest.mark.slow(seconds=120)
+    def test_half_of_the_calls_are_closer_to_all_than_half_of_the_steps(self) -> None:
+        pipe = load_pipeline()
+        drawn = prompts().seen[::100]
+        dense, fewer = (generate(pipe, drawn, steps=steps, seed=7) for steps in (28, 14))
+        call = {"height": 32, "width": 32, "num_inference_steps": 28, "guidance_scale": 4.0, "max_sequence_length": 1}
+        recipe = {"target": 0.5, "pipeline": {"prompts": prompts().seen[50::100], "batch": 8, "call": call}}
+        lazycompress.apply(pipe, recipe, progress=False)
+        lazy = generate(pipe, drawn, steps=28, seed=7)
+        gained = psnr(lazy, dense).mean() - psnr(fewer, dense).mean()
+        assert gained > 6  # 9 dB were seen
 
 
 class TestMetrics:
