@@ -1,15 +1,16 @@
 """Rewrites the operations of a traced program into those that a converter has, one node at a time.
 
-`ExportedProgram.run_decompositions` traces the whole program twice, and every body of a `cond` again for each of its checks:
-minutes for models whose branches are bodies. Here each node is traced once, alone, and its operations take its place; bodies
-are graphs like any other. What the program says of a value (its sizes, its name as an output) stays.
+`ExportedProgram.run_decompositions` traces the whole program more than once, and every body of a `cond` again for each of its
+checks: minutes for models whose branches are bodies. Here each node is traced once, alone, and its operations take its place;
+bodies are graphs like any other. What the program says of a value (its sizes, its name as an output) stays. A program with an
+operation that cannot be traced alone (it writes into its input, brings numbers along, asks how memory lies) is left to
+`run_decompositions`.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,18 +18,18 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.decomp_utils import CustomDecompTable
-from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
 _aten = torch.ops.aten
-_SIZES = {_aten.sym_size.int, _aten.sym_stride.int, _aten.sym_numel.default, _aten.sym_storage_offset.default}
-"""They give numbers, not tensors; converters have them."""
+_COUNT = _aten.sym_numel.default
+_LAYOUT = {_aten.sym_stride.int, _aten.sym_storage_offset.default}
+"""They give numbers that converters do not have."""
 _CHECKS = {_aten._assert_scalar.default, _aten._assert_tensor_metadata.default, _aten._assert_async.msg}
 
 
@@ -36,36 +37,56 @@ def decompose(program: ExportedProgram, table: Decompositions) -> ExportedProgra
     """The program with each operation of `table` in the operations that it stands for.
 
     Args:
-        program: as `torch.export.export` gives it; changed in place unless an operation writes into its input.
+        program: as `torch.export.export` gives it; changed in place where its operations can be traced alone.
         table: as for `ExportedProgram.run_decompositions`: operations that are composite and not in it are kept where the
             default table has them.
     """
     graphs = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
-    if any(_writes(node) for module in graphs for node in module.graph.nodes):
-        # Only this one knows how to do without the writing.
-        whole: ExportedProgram = ExportedProgram.run_decompositions(program, dict(table))
-        return whole
-    inner = dict(table)
+    nodes = [(module, node) for module in graphs for node in module.graph.nodes]
     known = CustomDecompTable()  # type: ignore[no-untyped-call]
+    rules = dict(table)
+    try:
+        traced = {node: _trace(node, rules) for _, node in nodes if _stands_for_others(node, rules, known)}
+    except Exception:  # whatever it is, the way round has its own word on it
+        return _whole(program, rules)
+    if not all(_stands_alone(node) for node in (*(node for _, node in nodes), *_within(traced.values()))):
+        return _whole(program, rules)
+    for module, node in nodes:
+        if node.target in _CHECKS:
+            module.graph.erase_node(node)
+        elif node in traced:
+            _expand(module, node, traced[node])
     for module in graphs:
-        for node in list(module.graph.nodes):
-            if node.target in _CHECKS:
-                module.graph.erase_node(node)
-            elif _stands_for_others(node, inner, known):
-                _expand(module, node, inner)
+        _multiply_sizes(module)
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
     return program
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+def _whole(program: ExportedProgram, table: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+    # Of the class: an instance may have been told to come here.
+    whole: ExportedProgram = ExportedProgram.run_decompositions(program, table)
+    return whole
+
+
+def _within(traced: Iterable[fx.GraphModule]) -> list[fx.Node]:
+    return [node for part in traced for node in part.graph.nodes]
+
+
+def _stands_alone(node: fx.Node) -> bool:
+    """Whether a node can be put anywhere: it is no constant but a number, writes nothing, and asks for sizes at most."""
+    if node.op == "get_attr":
+        value = getattr(node.graph.owning_module, str(node.target))
+        return isinstance(value, fx.GraphModule) or (isinstance(value, Tensor) and value.numel() == 1)
+    if not isinstance(node.target, OpOverload):
+        return True
+    return node.target not in _LAYOUT and not node.target._schema.is_mutable
 
 
 def _stands_for_others(node: fx.Node, table: Decompositions, known: Decompositions) -> bool:
     operation = node.target
-    if not isinstance(operation, OpOverload) or operation in _SIZES:
+    if not isinstance(operation, OpOverload) or operation in {_aten.sym_size.int, _COUNT, *_LAYOUT, *_CHECKS}:
         return False
     return operation in table or (_is_composite(operation) and operation not in known)
 
@@ -75,10 +96,14 @@ def _is_composite(operation: OpOverload) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
-def _expand(module: fx.GraphModule, node: fx.Node, table: Decompositions) -> None:
-    """Put what `node` stands for in its place."""
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, as often as it does."""
+    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
+
+
+def _trace(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
+    """What a node stands for, of its operands. Numbers that are not known until it runs stay those of the program."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
-    operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     operation: Any = node.target
     compute = table.get(operation, operation)
 
@@ -88,87 +113,81 @@ def _expand(module: fx.GraphModule, node: fx.Node, table: Decompositions) -> Non
         results = compute(*args, **kwargs)
         return operation(*args, **kwargs) if results is NotImplemented else results
 
-    values = [operand.meta["val"] for operand in operands]
-    traced = _trace(run, values, node, table)
-    with module.graph.inserting_before(node):
-        copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-        for number, inner in enumerate(traced.graph.nodes):
-            if inner.op == "get_attr":
-                copies[inner] = _constant(module, traced, inner)
-            elif inner.target is _aten.sym_numel.default:
-                copies[inner] = _count(module, copies[inner.args[0]])
-            elif inner.op == "call_function":
-                copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
-                copies[inner].name = f"{node.name}__{number}"  # graphs may hold names that they do not know to be taken
-        (results,) = traced.graph.output_node().args
-    if isinstance(results, fx.Node):
-        _replace(module, node, copies[results])
-        return
-    for reader in list(node.users):  # they take one of several results each
-        _replace(module, reader, copies[results[reader.args[1]]])  # type: ignore[index]
-    module.graph.erase_node(node)
-
-
-def _trace(run: Callable[..., Any], values: list[Any], node: fx.Node, table: Decompositions) -> fx.GraphModule:
-    """`run` as operations. Numbers that are not known until it runs stay those of the program."""
-    mode = _mode([*values, *pytree.tree_leaves(node.meta["val"])])
+    values = [operand.meta["val"] for operand in _operands(node)]
+    fakes = [value for value in pytree.tree_leaves((values, node.meta["val"])) if isinstance(value, FakeTensor)]
     with ExitStack() as stack:
-        if mode is not None:
+        for mode in [fake.fake_mode for fake in fakes[:1]]:
             stack.enter_context(mode)
             if mode.shape_env is not None:
                 stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(torch.no_grad())
-        traced = make_fx(run, dict(table))(*values)
-        if any(_writes(inner) for inner in traced.graph.nodes):
-            traced = make_fx(functionalize(run, remove="mutations"), dict(table))(*values)
-    return traced
+        return make_fx(run, table)(*values)
 
 
-def _mode(values: list[Any]) -> FakeTensorMode | None:
-    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+def _expand(module: fx.GraphModule, node: fx.Node, traced: fx.GraphModule) -> None:
+    """Put what `node` stands for in its place."""
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), _operands(node), strict=True))
+    with module.graph.inserting_before(node):
+        for number, inner in enumerate(traced.graph.nodes):
+            if inner.op == "get_attr":
+                copies[inner] = _number(module, getattr(traced, inner.target))
+            elif inner.op == "call_function":
+                copies[inner] = module.graph.node_copy(inner, copies.__getitem__)
+            else:
+                continue
+            copies[inner].name = f"{node.name}__{number}"  # graphs may hold names that they do not know to be taken
+    (results,) = traced.graph.output_node().args
+    if isinstance(results, fx.Node):
+        _replace(module, node, copies[results], _operands(node))
+        return
+    for reader in list(node.users):  # they take one of several results each
+        _replace(module, reader, copies[results[reader.args[1]]], _operands(node))  # type: ignore[index]
+    module.graph.erase_node(node)
 
 
-def _constant(module: fx.GraphModule, traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+def _number(module: fx.GraphModule, value: Tensor) -> fx.Node:
     """A number that an operation brings along, as an operation: programs have no room for further tensors."""
-    value = getattr(traced, str(node.target))
-    assert isinstance(value, Tensor)
     filled: fx.Node = module.graph.call_function(
-        _aten.full.default,
-        (list(value.shape), value.flatten()[0].item()),
-        {"dtype": value.dtype, "device": value.device},
+        _aten.full.default, (list(value.shape), value.item()), {"dtype": value.dtype, "device": value.device}
     )
-    filled.meta["val"] = node.meta.get("val", value)
+    filled.meta["val"] = value
     return filled
 
 
-def _count(module: fx.GraphModule, tensor: fx.Node) -> fx.Node:
-    """The number of a tensor's elements from its sizes: converters have these alone."""
-    sizes = tensor.meta["val"].shape
-    known = math.prod(size for size in sizes if isinstance(size, int))
-    counted: Any = known
-    for dim, size in enumerate(sizes):
-        if not isinstance(size, int):
-            one = module.graph.call_function(_aten.sym_size.int, (tensor, dim))
-            one.meta["val"], known = size, known * size
-            counted = one if counted == 1 else module.graph.call_function(operator.mul, (one, counted))
-            counted.meta["val"] = known
-    found: fx.Node = counted
-    return found
-
-
-def _replace(module: fx.GraphModule, node: fx.Node, result: fx.Node) -> None:
+def _replace(module: fx.GraphModule, node: fx.Node, result: fx.Node, operands: list[fx.Node]) -> None:
     """`result` instead of `node`, under its name where the program gives it to the caller."""
-    if any(reader.op == "output" for reader in node.users):
+    given = any(reader.op == "output" for reader in node.users)
+    if given:
         with module.graph.inserting_before(node):
             result = module.graph.call_function(_aten.alias.default, (result,))
-        name = node.name
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result)
-        module.graph.erase_node(node)
-        result.name = name
-        return
-    if result.op != "placeholder" and len(result.users) == 0:
+    if result not in operands:
         result.meta["val"] = node.meta["val"]
+    name = node.name
     node.replace_all_uses_with(result)
     module.graph.erase_node(node)
+    if given:
+        result.name = name
+
+
+def _multiply_sizes(module: fx.GraphModule) -> None:
+    """The number of a tensor's elements from its sizes: converters have these alone."""
+    for node in module.graph.find_nodes(op="call_function", target=_COUNT):
+        (tensor,) = node.args
+        count: Any = 1
+        known: Any = 1
+        with module.graph.inserting_before(node):
+            for dim, size in enumerate(tensor.meta["val"].shape):
+                factor: Any = size
+                if not isinstance(size, int):
+                    factor = module.graph.call_function(_aten.sym_size.int, (tensor, dim))
+                    factor.meta["val"] = size
+                known = known * size
+                if isinstance(factor, fx.Node) or isinstance(count, fx.Node):
+                    count = module.graph.call_function(operator.mul, (count, factor))
+                    count.meta["val"] = known
+                else:
+                    count *= factor
+        if isinstance(count, fx.Node):
+            node.replace_all_uses_with(count)
+            module.graph.erase_node(node)
