@@ -80,6 +80,8 @@ def test_no_operation_of_the_table_is_left(name: str) -> None:
     parts = [part for part in done.graph_module.modules() if isinstance(part, fx.GraphModule)]
     left = {node.target for part in parts for node in part.graph.nodes if node.op == "call_function"}
     assert not {target for target in left if target in table} - {torch.ops.aten.sym_size.int}
+    assert torch.ops.aten.sym_numel.default not in left
+    assert {node.name for node in done.graph.nodes} >= {spec.arg.name for spec in done.graph_signature.output_specs}
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - LEFT))

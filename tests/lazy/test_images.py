@@ -68,6 +68,20 @@ def test_large_batches_of_one_prompt_skip_their_share_and_may_be_shuffled() -> N
     assert lazy.summary().skip_ratio == pytest.approx(SKIPPED)
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.03])
+def test_samples_that_are_alike_keep_apart_when_they_change_places(apart: float) -> None:
+    """Two and two samples of one prompt from equal noise, or noise that is nearly equal; half-way they change places."""
+    lazy, same = make_lazy(), prompt(0).expand(4, 5)
+    x = noise(3, 2)[[0, 1, 0, 1]] + apart * noise(4, 4)
+    places = [2, 3, 0, 1] if apart else [1, 0, 3, 2]  # each where one that is not, or is, quite like it was
+    expected = torch.cat([alone(lazy, row[None], prompt(0)) for row in x])
+    lazy.reset()
+    latents = last(itertools.islice(steps(lazy, x, same), STEPS // 2))
+    found = last(steps(lazy, latents[places], same, TIMES[STEPS // 2 :]))
+    torch.testing.assert_close(found, expected[places], rtol=0, atol=1e-6)
+    assert lazy.summary().skip_ratio == pytest.approx(SKIPPED)
+
+
 def test_an_interrupted_image_leaves_nothing_to_the_next() -> None:
     lazy = make_lazy()
     for interrupted_at in (1, 4, 9):
