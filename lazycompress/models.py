@@ -85,8 +85,8 @@ class InPlaceOf(nn.Module):
 
     model: nn.Module
 
-    #: What is this module's own, even before it is there.
-    own = ("model", "gates", "engine")
+    #: What is never looked for in the other one, even before it is here.
+    _own = ("model", "gates", "engine")
 
     @property
     def config(self) -> Any:
@@ -105,7 +105,7 @@ class InPlaceOf(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in self.own:
+            if name in self._own:
                 raise
             return getattr(super().__getattr__("model"), name)
 

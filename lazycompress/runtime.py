@@ -148,8 +148,6 @@ class LazyModel(InPlaceOf):
                 raise
         return use(capture(self.model, call, sizes=False, earlier=earlier))
 
-    # -- what the original model has ------------------------------------------------------------------------------
-
     @property
     def past_timestep(self) -> Tensor:
         """Timesteps of the last call, float32 [batch]."""

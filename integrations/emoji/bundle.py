@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import CLIPTokenizer
 
+from ...errors import ExportError
 from .judge import Judge, load_judge, save_judge
 from .model import WEIGHTS_DIR
 
@@ -28,24 +29,30 @@ class Prompts(NamedTuple):
 
 
 def save_pipeline(pipeline: StableDiffusion3Pipeline, judge: Judge, prompts: Prompts, folder: Path) -> None:
-    """Writes everything in half precision; an older bundle in ``folder`` is replaced as a whole, its card is kept.
+    """Writes everything in half precision, into a folder that is new or empty.
 
     ``StableDiffusion3Pipeline.from_pretrained(folder)`` and ``OVDiffusionPipeline.from_pretrained(folder, export=True)``
     read the folder too.
+
+    Raises:
+        ExportError: something is there already.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ExportError(f"{folder} is there already and is left alone: move it away, or name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        partial = Path(beside) / "new"
+        _write(pipeline, judge, prompts, partial)
+        partial.replace(folder)
+
+
+def _write(pipeline: StableDiffusion3Pipeline, judge: Judge, prompts: Prompts, folder: Path) -> None:
     half: Any = copy.copy(pipeline)
     for name in _PARTS:
         setattr(half, name, copy.deepcopy(getattr(pipeline, name)).to("cpu", torch.float16))
-    half.save_pretrained(partial)
-    save_judge(judge, partial)
-    (partial / PROMPTS_FILE).write_text(json.dumps(prompts._asdict(), indent=0), encoding="utf-8")
-    card = folder / "README.md"
-    if card.exists():
-        shutil.copy(card, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    half.save_pretrained(folder)
+    save_judge(judge, folder)
+    (folder / PROMPTS_FILE).write_text(json.dumps(prompts._asdict(), indent=0), encoding="utf-8")
 
 
 def load_pipeline(folder: Path = WEIGHTS_DIR, dtype: torch.dtype = torch.float32) -> StableDiffusion3Pipeline:

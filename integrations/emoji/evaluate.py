@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from tqdm import tqdm
 
+from ...errors import ExportError
 from .bundle import Prompts, load_bundled_judge, load_pipeline, save_pipeline
 from .data import Pictures, load_pictures, split, to_bytes
 from .grid import save_grid
@@ -115,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         pipeline, judge, updates = build_pipeline(options.out, train)
     if options.save is not None:
-        save_pipeline(pipeline, judge, Prompts(sorted(set(train.prompts)), sorted(set(outside.prompts))), options.save)
+        names = Prompts(sorted(set(train.prompts)), sorted(set(outside.prompts)))
+        try:
+            save_pipeline(pipeline, judge, names, options.save)
+        except ExportError as error:
+            parser.error(str(error))
         pipeline = load_pipeline(options.save)  # judged as stored
         judge = load_bundled_judge(pipeline.tokenizer, options.save)
     if updates is not None:

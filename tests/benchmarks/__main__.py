@@ -13,6 +13,7 @@ BENCHMARKS = (
     "compose_latency",
     "compose_accuracy",
     "quality",
+    "emoji",
 )
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lazycompress
+from lazycompress import ExportError
 from lazycompress.integrations.emoji import prompts as words
 from lazycompress.integrations.emoji.bundle import Prompts, load_bundled_judge, load_pipeline, prompts, save_pipeline
 from lazycompress.integrations.emoji.evaluate import generate
@@ -151,6 +152,9 @@ class TestPipeline:
     def test_a_saved_bundle_loads_whole(self, pipeline: Any, tmp_path: Path) -> None:
         judge = Judge(len(pipeline.tokenizer), pipeline.tokenizer.pad_token_id)
         save_pipeline(pipeline, judge, Prompts(["red heart"], ["blue heart"]), tmp_path / "bundle")
+        with pytest.raises(ExportError, match="is left alone"):
+            save_pipeline(pipeline, judge, Prompts([], []), tmp_path / "bundle")
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
         loaded: Any = load_pipeline(tmp_path / "bundle")
         assert prompts(tmp_path / "bundle").held_out == ["blue heart"]
         assert load_bundled_judge(loaded.tokenizer, tmp_path / "bundle").words.weight.shape == judge.words.weight.shape
