@@ -80,7 +80,10 @@ def picture() -> LazyModel:
     return wrap(built(Picture)(), (), drawing(), lively(TIMES, order=2))
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnx", pytest.param("explicit", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["openvino", *(pytest.param(name, marks=pytest.mark.slow(seconds=20)) for name in ("onnx", "explicit"))],
+)
 def runner(request: pytest.FixtureRequest, picture: LazyModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sizes") / "out"
     format = "onnx" if request.param == "onnx" else "openvino"
