@@ -115,8 +115,8 @@ def _check_times(times: Sequence[float], streams: Sequence[int], target: float) 
 
 
 def orders_of(highest: int) -> range:
-    """The orders of a forecast to choose from; 0 is for those who ask for none."""
-    return range(min(1, highest), highest + 1)
+    """The orders of a forecast to choose from."""
+    return range(highest + 1)
 
 
 def reading(reader: Reader) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Reading]:

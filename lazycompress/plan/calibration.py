@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from ..errors import InputError
 from ..places import CALIBRATION, seal, whole_folder
 from ..weights import weights_hash
+from .plan import HIGHEST_ORDER
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,9 +41,11 @@ class Calibration:
         image: mean square of the final latents of each image: float64 [B].
         weights: a hash of the model's weights; empty where there are none to see.
         calls: of the model that were spent.
+        scale: true errors of plans with a forecast of order 0, 1 and 2, as multiples of what the rest of this prices them at;
+            of ones where no plan was run.
 
     Raises:
-        InputError: shapes do not agree, a number is not finite, or a gain is not above 0.
+        InputError: shapes do not agree, a number is not finite, or a gain or a scale is not above 0.
     """
 
     timesteps: tuple[float, ...]
@@ -52,6 +56,7 @@ class Calibration:
     image: Floats
     weights: str = ""
     calls: int = 0
+    scale: tuple[float, ...] = (1.0,) * (HIGHEST_ORDER + 1)
 
     def __post_init__(self) -> None:
         calls, images = len(self.timesteps), len(self.image)
@@ -72,6 +77,10 @@ class Calibration:
                 raise InputError(f"a calibration's numbers are finite; in its {name} one was not")
         if (self.gain <= 0).any():
             raise InputError("a calibration's gains are above 0; one was not")
+        if len(self.scale) != HIGHEST_ORDER + 1 or not all(0 < factor < math.inf for factor in self.scale):
+            raise InputError(
+                f"a calibration has a scale above 0 for each order of the forecast; there was {list(self.scale)}"
+            )
 
 
 def save_calibration(calibration: Calibration, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -94,6 +103,7 @@ def save_calibration(calibration: Calibration, folder: str | Path, *, overwrite:
         "streams": list(calibration.streams),
         "weights": calibration.weights,
         "calls": calibration.calls,
+        "scale": list(calibration.scale),
     }
     with whole_folder(folder, CALIBRATION, overwrite) as beside:
         save_file(tensors, beside / TENSORS_FILE)
@@ -143,7 +153,8 @@ def _read_about(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         there = found.get("format") if isinstance(found, dict) else None
         raise InputError(f"{path} has format {there!r}, this version reads {FORMAT}; calibrate again")
-    kinds = {"timesteps": (int, float), "streams": (int,)}
+    found.setdefault("scale", [1.0] * (HIGHEST_ORDER + 1))  # older ones have none
+    kinds = {"timesteps": (int, float), "streams": (int,), "scale": (int, float)}
     for name, kind in kinds.items():
         values = found.get(name)
         if not isinstance(values, list) or not all(type(v) in kind for v in values):
@@ -151,11 +162,12 @@ def _read_about(path: Path) -> dict[str, Any]:
     if not isinstance(found.get("weights"), str) or type(found.get("calls")) is not int:
         raise InputError(f"{path}: weights is a text and calls a whole number; calibrate again")
     try:
-        timesteps = tuple(float(t) for t in found["timesteps"])
+        timesteps, scale = (tuple(float(t) for t in found[name]) for name in ("timesteps", "scale"))
     except OverflowError:
-        raise InputError(f"{path}: a timestep is too large; calibrate again") from None
+        raise InputError(f"{path}: a timestep or a scale is too large; calibrate again") from None
     return {
         "timesteps": timesteps,
+        "scale": scale,
         "streams": tuple(found["streams"]),
         "weights": found["weights"],
         "calls": found["calls"],

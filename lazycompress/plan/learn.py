@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from .calibration import Calibration, Floats
 from .judge import Judgement, judge_against, refer
 from .plan import Plan
 from .record import Denoise, Read, calibrate
-from .search import Guards, evens, plans_for
+from .search import Guards, evens, plans_for, predict
 
 #: Held-out noise begins this far from the calibration's.
 HELD_OUT = 100_000
@@ -135,7 +135,8 @@ def learn_plan(
             break
         judged.append(judge_against(reference, denoise, sampler, plan))
         spent += judged[-1].calls
-    best = _best(judged)
+    sizes = _sizes(judged)
+    best = judged[int(sizes.argmin())]
     even = min((float(j.errors.mean()) for j in judged[: len(equal)]), default=float("nan"))
     report = PlanReport(
         target=target,
@@ -149,21 +150,33 @@ def learn_plan(
         runs=spent / per_run,
         seconds=time.perf_counter() - started,
     )
-    return Learned(best.plan, calibration, report)
+    return Learned(best.plan, _scaled(calibration, judged, sizes), report)
 
 
-def _best(judged: Sequence[Judgement]) -> Judgement:
-    """The plan of the least error: mean over the images, and the same with large errors damped, one as good as the other.
+def _sizes(judged: Sequence[Judgement]) -> Floats:
+    """Error of each plan: mean over the images, and the same with large errors damped, one as good as the other.
 
     A mean alone would be decided by one image out of sixteen.
     """
     scale = 4 * min(float(np.median(j.errors)) for j in judged) or 1e-300
+    damped = [scale * np.log1p(j.errors / scale).mean() for j in judged]
+    means = [j.errors.mean() for j in judged]
+    return np.asarray(np.sqrt((np.array(means) + 1e-300) * (np.array(damped) + 1e-300)))
 
-    def score(errors: Floats) -> float:
-        damped = scale * float(np.log1p(errors / scale).mean())
-        return float(np.log(errors.mean() + 1e-300) + np.log(damped + 1e-300))
 
-    return min(judged, key=lambda j: score(j.errors))
+def _scaled(calibration: Calibration, judged: Sequence[Judgement], sizes: Floats) -> Calibration:
+    """The calibration with the scale that true runs have for each order.
+
+    Errors of forecasts of a high order are larger than priced where images are steered far: what is priced is a response to
+    small errors.
+    """
+    priced = np.array([predict(calibration, j.plan).mean() for j in judged])
+    logs = np.log(sizes / (priced + 1e-300) + 1e-300)
+    orders = np.array([j.plan.order for j in judged])
+    found = {int(order): float(np.exp(logs[orders == order].mean())) for order in np.unique(orders)}
+    # Of an order that was not tried, nothing good is known.
+    scale = [factor * found.get(order, max(found.values())) for order, factor in enumerate(calibration.scale)]
+    return replace(calibration, scale=tuple(scale))
 
 
 def _keeps(plan: Plan, calibration: Calibration, guards: Guards | None) -> bool:

@@ -1,6 +1,7 @@
 """What plans cost in error, by a calibration: thousands a second.
 
-    error(plan) = sum over windows r of v_r' K v_r,     v_r = sum over calls t of phi_r(t) gain(t) reach(t) (A[t] - e_t)
+    error(plan) = scale(order) * sum over windows r of v_r' K v_r
+    v_r = sum over calls t of phi_r(t) gain(t) reach(t) (A[t] - e_t)
 
 `A[t]` are the weights with which call t is forecast from the computed ones (e_t where it computes) and `K` is the Gram matrix
 of the predictions. Errors of calls near in time add up as they are; those far apart come out of the model in directions of
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .calibration import Calibration, Floats
-from .plan import Plan
+from .plan import HIGHEST_ORDER, Plan
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -34,6 +35,7 @@ class Pricing:
         reacted: gain times reach, float64 [T].
         gram: mean product of the elements of the predictions of two calls, float64 [T, T], or of each image [B, T, T].
         windows: over the loop; of 1, all errors add up as they are, as they do where the model responds by a factor.
+        scale: factor for the plans of each order.
     """
 
     timesteps: Floats
@@ -41,6 +43,7 @@ class Pricing:
     reacted: Floats
     gram: Floats
     windows: int = WINDOWS
+    scale: tuple[float, ...] = (1.0,) * (HIGHEST_ORDER + 1)
 
     @staticmethod
     def of(calibration: Calibration, windows: int = WINDOWS) -> Pricing:
@@ -51,6 +54,7 @@ class Pricing:
             calibration.reach * calibration.gain,
             calibration.gram,
             windows,
+            calibration.scale,
         )
 
     def mean(self) -> Pricing:
@@ -65,9 +69,9 @@ class Pricing:
         """Of plans bool [M, T]: float64 [M], or [M, B] for a Gram matrix of each image."""
         shifts = self.shifts(computes, order)
         if self.gram.ndim == 2:
-            return np.asarray(((shifts @ self.gram) * shifts).sum(axis=(1, 2)).clip(0.0))
+            return np.asarray(((shifts @ self.gram) * shifts).sum(axis=(1, 2)).clip(0.0) * self.scale[order])
         each = [((shifts @ gram) * shifts).sum(axis=(1, 2)) for gram in self.gram]
-        return np.asarray(np.stack(each, axis=1).clip(0.0))
+        return np.asarray(np.stack(each, axis=1).clip(0.0) * self.scale[order])
 
     def shifts(self, computes: Bools, order: int) -> Floats:
         """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""

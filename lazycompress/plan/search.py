@@ -98,7 +98,9 @@ def plans_for(
     count: int = 1,
     seed: int = 0,
 ) -> list[Plan]:
-    """The best plans found for a calibration's own calls, best first, each different in a few calls at least.
+    """The best plans found for a calibration's own calls, each different in a few calls at least.
+
+    The best one comes first, then the best of each other order, then the others, best first.
 
     Args:
         calibration, target, orders, seed: see `plan_for`.
@@ -128,6 +130,8 @@ def plans_for(
             (error, order, plan) for error, plan in _Search(pricing, order, fixed, streams, guards, rng).run(start)
         ]
     found.sort(key=lambda entry: entry[0])
+    first = {id(next(entry for entry in found if entry[1] == order)) for order in set(orders)}
+    found.sort(key=lambda entry: id(entry) not in first)  # stable: each part stays in its order
     chosen: list[tuple[float, int, Bools]] = []
     for entry in found:
         if all((entry[2] != other[2]).sum() > 2 for other in chosen if other[1] == entry[1]):
@@ -140,7 +144,7 @@ def plans_for(
     ]
 
 
-def evens(calibration: Calibration, target: float, orders: Sequence[int] = (1, 2)) -> list[Plan]:
+def evens(calibration: Calibration, target: float, orders: Sequence[int] = (0, 1, 2)) -> list[Plan]:
     """Even plans of a calibration's calls, at most at this share, one for each order: every stream by itself."""
     found = []
     for order in orders:

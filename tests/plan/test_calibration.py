@@ -34,13 +34,14 @@ def made(calls: int = 5, images: int = 2) -> Calibration:
         image=np.ones(images),
         weights=hash_of(Toy()),
         calls=44,
+        scale=(1.0, 2.5, 20.0),
     )
 
 
 def test_a_calibration_comes_back_as_it_was(tmp_path: Path) -> None:
     before = made()
     after = load_calibration(save_calibration(before, tmp_path / "it"))
-    for name in ("timesteps", "streams", "weights", "calls"):
+    for name in ("timesteps", "streams", "weights", "calls", "scale"):
         assert getattr(after, name) == getattr(before, name)
     for name in ("gram", "reach", "gain", "image"):
         assert np.array_equal(getattr(after, name), getattr(before, name))
@@ -58,6 +59,9 @@ def test_weights_have_a_hash_of_their_own() -> None:
     [
         ({"format": 2}, "format 2"),
         ({"timesteps": "5"}, "timesteps is no list of numbers"),
+        ({"scale": [1.0, 2.0]}, "a scale above 0 for each order"),
+        ({"scale": [1.0, 0.0, 2.0]}, "a scale above 0 for each order"),
+        ({"scale": [True, 1.0, 2.0]}, "scale is no list of numbers"),
         ({"timesteps": [1, 2, True, 4, 5]}, "timesteps is no list of numbers"),
         ({"timesteps": [1.0, 2.0]}, "is damaged"),
         ({"timesteps": [10**400, 2, 3, 4, 5]}, "too large"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,25 @@ def test_learned_plans_are_no_worse_than_even_ones_and_their_report_is_one_line(
     assert found.plan.share == found.report.share == 0.4
     assert "\n" not in str(found.report)
     assert "40% of the calls computed (target 40%)" in str(found.report)
+
+
+def test_what_true_runs_found_is_priced_in(calibration: Calibration) -> None:
+    """Where forecasts of second order were worse than priced, plans for other shares go without them."""
+    wary = replace(calibration, scale=(1.0, 1.0, 1e6))
+    free = plan_for(calibration, 0.5, orders=(1, 2))
+    assert free.order == 2
+    assert plan_for(wary, 0.5, orders=(1, 2)).order == 1
+    assert plan_for(wary, 0.3, orders=(1, 2)).order == 1
+    assert predict(wary, free) == pytest.approx(1e6 * predict(calibration, free))
+
+
+@pytest.mark.parametrize("size", [0.5, 8.0])
+def test_a_learned_calibration_prices_plans_as_true_runs_found_them(size: float) -> None:
+    """Whatever the response to small errors says: here, the last calls of the loop are scaled after it."""
+    found = learn_plan(Toy(pull=1.0), euler(images=16), 0.4, read=read, progress=False)
+    off = replace(found.calibration, gain=found.calibration.gain * size)
+    again = learn_plan(Toy(pull=1.0), euler(images=16), 0.4, read=read, progress=False, calibration=off)
+    assert 0.3 < predict(again.calibration, again.plan).mean() / again.report.error < 3.0
 
 
 def test_more_compute_is_priced_at_less_error(calibration: Calibration) -> None:
