@@ -26,10 +26,11 @@ from ...export.folder import describe, parity
 from ...export.folder import export as export_model
 from ...export.trace import Form, trace, widest
 from ...files import kind_of, path_of, read_object, write_json
-from ...lazy.attach import Handle
+from ...lazy.attach import Handle, PartHandle
 from ...lazy.convert import graph_of
 from ...places import EXPORT, check_place, seal, whole_folder
 from ...recipe import Recipe, load_recipe
+from ...wrap.folder import wrap
 from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
 from .pipelines import apply_to_pipeline, disable, enable, lazy_denoisers
@@ -41,14 +42,21 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def export_pipeline(
-    pipeline: Any, directory: str | Path, format: str = "openvino", *, telemetry: bool = False, overwrite: bool = False
+    pipeline: Any,
+    directory: str | Path,
+    format: str | None = None,
+    *,
+    telemetry: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Write a lazy pipeline as a folder that skips by itself; images have the size that the gates were learned for.
+
+    A pipeline of optimum is written as it writes itself, but for its denoisers' files, which follow their plans.
 
     Args:
         pipeline: what `lazycompress.apply(pipe, recipe)` returned.
         directory: where to; written whole or not at all.
-        format: "openvino" or "onnx".
+        format: "openvino" or "onnx"; None: that of the pipeline's own files, or for one in torch the recipe's.
         telemetry: add an output with the decisions of each step to the denoiser's file.
         overwrite: replace a folder that was exported before.
 
@@ -62,8 +70,13 @@ def export_pipeline(
     """
     found = lazy_denoisers(pipeline)
     target = check_place(directory, EXPORT, overwrite)
-    if format not in ("openvino", "onnx"):
+    if format not in (None, "openvino", "onnx"):
         raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
+    parts = {name: part for name, part in found.items() if isinstance(part, PartHandle)}
+    if parts:
+        return _wrapped(pipeline, parts, Path(directory), format, telemetry, overwrite)
+    recipe = next(iter(found.values())).recipe
+    format = format or (recipe.export.format if recipe is not None else "openvino")
     lazy = {name: _graph(part) for name, part in found.items()}
     with whole_folder(target, EXPORT, overwrite) as folder:
         disable(pipeline)
@@ -79,6 +92,32 @@ def export_pipeline(
         card = {"format": format, "pipeline": type(pipeline).__name__, "denoisers": list(lazy), "loader": loader}
         seal(folder, EXPORT, card)
     return Path(directory)
+
+
+def _wrapped(
+    pipeline: Any,
+    parts: Mapping[str, PartHandle],
+    directory: Path,
+    format: str | None,
+    telemetry: bool,
+    overwrite: bool,
+) -> Path:
+    """Write a pipeline whose denoisers are files already."""
+    kind = type(pipeline).__name__
+    if telemetry:
+        raise ExportError(f"telemetry: the files of {kind} follow plans, and have no decisions to tell")
+    plans = [part.plan for part in parts.values()]
+    if any(plan != plans[0] for plan in plans):
+        raise ExportError(
+            f"{' and '.join(parts)} of {kind} follow different plans: save the pipeline, and wrap each of its files"
+        )
+    timestep = next(iter(parts.values())).engine.reader.timestep or None
+    with tempfile.TemporaryDirectory() as saved:
+        pipeline.save_pretrained(saved)
+        there = "openvino" if any(Path(saved).glob("*/*.xml")) else "onnx"
+        if format not in (None, there):
+            raise ExportError(f"{kind} runs in {there}, and stays there: {format} needs the pipeline in torch")
+        return wrap(saved, plans[0], directory, timestep_input=timestep, overwrite=overwrite)
 
 
 def export_folder(

@@ -86,6 +86,7 @@ def apply_to_pipeline(
             f"apply takes an nn.Module or a diffusers pipeline, there was {type(pipeline).__name__}: pass the model "
             f"that it calls, and sampler= (a denoising loop that returns the final latents)"
         )
+    needs_graph = graph_is_needed(recipe)
     arguments = Arguments(recipe, call_kwargs or {}, pipeline)
     modules = {name: uncompiled(_dense(getattr(pipeline, name))) for name in denoisers(pipeline)}
     for name, module in modules.items():
@@ -96,7 +97,13 @@ def apply_to_pipeline(
     for name, lazy in lazy_denoisers(pipeline, needed=False).items():
         if isinstance(lazy, LazyDenoiser):
             put(pipeline, name, lazy.model)
-    if graph_is_needed(recipe):
+    foreign = [name for name, module in modules.items() if not isinstance(module, nn.Module)]
+    if foreign and needs_graph:
+        raise InputError(
+            f"{foreign[0]} of {type(pipeline).__name__} runs in a file, in which no branches are looked for: take a recipe "
+            f"with units: calls, or apply it to the pipeline in torch and export that"
+        )
+    if needs_graph:
         calls = example_calls(pipeline, recipe, sampler=sampler, call_kwargs=call_kwargs)
         for name in calls:
             detach(modules[name])
@@ -112,7 +119,7 @@ def apply_to_pipeline(
 
 def _learn_calls(
     pipeline: Any,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Any],
     recipe: Recipe,
     arguments: Arguments,
     sampler: Sampler | None,
@@ -187,12 +194,15 @@ def example_calls(
 
 
 def denoisers(pipeline: Any) -> list[str]:
-    """Names of the parts that denoise: modules that take a timestep and more, and are not made of other parts' calls.
+    """Names of the parts that denoise: those that take a timestep and more, and are not made of other parts' calls.
 
     Raises:
         InputError: there is none; says what there is.
     """
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    # Modules, or what stands in their place where a pipeline runs in another runtime.
+    modules = {
+        name: part for name, part in pipeline.components.items() if callable(getattr(type(part), "forward", None))
+    }
     found = []
     for name, module in modules.items():
         try:

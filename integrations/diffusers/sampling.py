@@ -20,7 +20,7 @@ class Arguments:
 
     def __init__(self, recipe: Recipe, call_kwargs: Mapping[str, Any], pipeline: Any) -> None:
         section = recipe.pipeline
-        taken = inspect.signature(type(pipeline).__call__).parameters
+        taken = arguments_of(pipeline)
         self.fixed = {**(section.call if section else {}), **call_kwargs}
         self.drawn: dict[str, list[Any]] = {}
         self.batch = 0
@@ -44,6 +44,19 @@ class Arguments:
             order = torch.randperm(len(values))[:count].tolist() if count < len(values) else range(len(values))
             chosen[name] = [values[i] for i in order]
         return chosen
+
+
+def arguments_of(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments that calling a pipeline takes, `self` among them.
+
+    A runtime's pipeline may hand on whatever it is given: then those of the class that it inherits from.
+    """
+    for kind in type(pipeline).__mro__:
+        if "__call__" in vars(kind):
+            found = inspect.signature(kind.__call__).parameters
+            if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in found.values()):
+                return found
+    return inspect.signature(type(pipeline).__call__).parameters
 
 
 class _Latents(BaseException):

@@ -3,6 +3,9 @@
 `nn.Module.__call__` looks up `_call_impl` on the instance. That is where the engine sits: outside of `forward` and of whatever
 replaces it, now or later (accelerate's and diffusers' offloading, adapters, casting), so that a skipped call moves no weight and
 whoever takes their hooks off again takes nothing of ours with them. `forward` itself, its signature and the class stay.
+
+Pipelines of other runtimes have parts that are no modules, but objects whose calls go to their `forward`. There, the engine sits
+before that.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from .scopes import Scope, Surroundings, opened
 _log = logging.getLogger(__name__)
 
 _CALL = "_call_impl"
+_FORWARD = "forward"
 _COMPILED = "_compiled_call_impl"
 
 
@@ -35,12 +39,12 @@ class Handle(Controls):
     """A module with an engine before it.
 
     Attributes:
-        module: the user's own.
+        module: the user's own; of a `PartHandle`, the part.
         engine: decides about its calls.
         enabled: false: calls go straight to the module.
     """
 
-    def __init__(self, module: nn.Module, engine: Engine, surroundings: Surroundings = nothing_around) -> None:
+    def __init__(self, module: Any, engine: Engine, surroundings: Surroundings = nothing_around) -> None:
         self.module = module
         self.engine = engine
         self.enabled = True
@@ -76,7 +80,7 @@ class Handle(Controls):
         """Call the module itself: its hooks, what offloads it, what compiled it."""
         if self._compiled is not None:
             return self._compiled(*args, **kwargs)
-        return type(self.module)._call_impl(self.module, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return type(self.module)._call_impl(self.module, *args, **kwargs)
 
     # What runs outside of the module is not for compilers; what it calls is.
     @around
@@ -133,9 +137,24 @@ class Handle(Controls):
         return output
 
 
-def attach(module: nn.Module, engine: Engine, surroundings: Surroundings = nothing_around) -> Handle:
-    """Put an engine before a module, in place of one that is there."""
+class PartHandle(Handle):
+    """The same for a part that is no module: it has no hooks, and nothing that compiles it."""
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the part itself."""
+        return getattr(type(self.module), _FORWARD)(self.module, *args, **kwargs)
+
+    def _through_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return output
+
+
+def attach(module: Any, engine: Engine, surroundings: Surroundings = nothing_around) -> Handle:
+    """Put an engine before a module, or a part whose calls go to its `forward`, in place of one that is there."""
     detach(module)
+    if not isinstance(module, nn.Module):
+        part = PartHandle(module, engine, surroundings)
+        module.__dict__[_FORWARD] = part.call
+        return part
     handle = Handle(module, engine, surroundings)
     module.__dict__[_CALL] = handle.call
     if handle._compiled is not None:
@@ -143,21 +162,25 @@ def attach(module: nn.Module, engine: Engine, surroundings: Surroundings = nothi
     return handle
 
 
-def detach(module: nn.Module) -> None:
-    """Make a module what it was before `attach`."""
+def detach(module: Any) -> None:
+    """Make a module, or a part, what it was before `attach`."""
     handle = handle_of(module)
     if handle is None:
         return
     handle.enabled = False  # `module.compile()` may have compiled it
+    if isinstance(handle, PartHandle):
+        del module.__dict__[_FORWARD]
+        return
     del module.__dict__[_CALL]
     if handle._compiled is not None and _COMPILED in module.__dict__:
         module.__dict__[_COMPILED] = handle._compiled
 
 
 def handle_of(module: Any) -> Handle | None:
-    """The handle of a module, or of the one that `torch.compile` wrapped; None if there is none."""
+    """The handle of a module or a part, or of the module that `torch.compile` wrapped; None if there is none."""
     inside = uncompiled(module)
-    found = getattr(inside.__dict__.get(_CALL), "__self__", None) if isinstance(inside, nn.Module) else None
+    where = _CALL if isinstance(inside, nn.Module) else _FORWARD
+    found = getattr(getattr(inside, "__dict__", {}).get(where), "__self__", None)
     return found if isinstance(found, Handle) else None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,10 @@ def _flatten(output: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], An
             inside, build = _flatten({field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)})
             tensors += inside
             parts.append((len(inside), _remaking(type(leaf), build)))
+        elif isinstance(leaf, MutableMapping):
+            inside, build = _flatten(dict(leaf))
+            tensors += inside
+            parts.append((len(inside), _refilling(leaf, build)))
         else:
             parts.append((0, _always(leaf)))
 
@@ -109,6 +114,23 @@ def _first(given: Sequence[Tensor]) -> Tensor:
 
 def _always(value: Any) -> Callable[[Sequence[Tensor]], Any]:
     return lambda given: value
+
+
+def _refilling(
+    mapping: MutableMapping[Any, Any], build: Callable[[Sequence[Tensor]], Any]
+) -> Callable[[Sequence[Tensor]], Any]:
+    """Of a mapping that pytrees do not know."""
+    empty = copy.copy(mapping)
+    for key in empty:
+        empty[key] = None
+
+    def refill(given: Sequence[Tensor]) -> Any:
+        made = copy.copy(empty)
+        for key, value in build(given).items():
+            made[key] = value
+        return made
+
+    return refill
 
 
 def _remaking(kind: type, build: Callable[[Sequence[Tensor]], Any]) -> Callable[[Sequence[Tensor]], Any]:
