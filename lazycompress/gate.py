@@ -27,7 +27,7 @@ one opaque node where a gate is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -351,6 +351,16 @@ class Gates(nn.Module):
         # An untrained gate computes: sigmoid(-4) = 0.018.
         self.bias = nn.Parameter(torch.full((len(self.names), size), -4.0))
         self.register_buffer("rank", torch.full((len(self.names), size), torch.inf))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
+        # A change of dtype is for a model's weights: a gate in half precision would not know its timesteps apart.
+        kept = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            parameter.data = kept[name].to(parameter.device)
+        for name, buffer in self.named_buffers():
+            setattr(self, name, kept[name].to(buffer.device))
+        return self
 
     def like(self, order: int, static: int) -> Gates:
         """Untrained gates for the same branches and grid, of this order, static or not: they always compute."""

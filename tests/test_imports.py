@@ -14,7 +14,7 @@ ROOT = Path(lazycompress.__file__).parent
 ORDER = [
     "errors", "models", "noise", "free_memory", "files", "encoding", "weights", "places", "strict_yaml", "sections",
     "recipe", "recipe_reference", "report", "sampling", "plan", "gate", "graph", "rehearsal", "contexts", "targets",
-    "runtime", "old_gates", "gates_file", "lazy", "storage", "train", "compose", "export", "wrap", "api", "cli",
+    "programs", "runtime", "old_gates", "gates_file", "lazy", "storage", "train", "compose", "export", "wrap", "api", "cli",
 ]  # fmt: skip
 LEAD_OUT = {"api", "cli", "__init__"}
 

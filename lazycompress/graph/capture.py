@@ -24,7 +24,7 @@ from ..errors import CaptureError, InputError
 from ..models import bind, by_name, evaluating
 from .hostreads import HostReads, Recorder, Replayer, split_reads
 from .opaque import Opaque, untraceable
-from .ops import has_data_size, is_dynamic, shape_of
+from .ops import has_data_size, is_dynamic, macs_of, shape_of
 from .sizes import Sizes
 from .tidy import has_mutation, tidy
 from .untouched import untouched
@@ -140,6 +140,11 @@ class Capture:
         if self.fixed_batch not in (None, call.batch) or not self.sizes.serve(call.shapes, call.batch):
             return False
         return self.reads is None or self.reads.hold(call.tensors)
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates of one call per sample, branches and all else."""
+        return sum(macs_of(node) for node in self.graph_module.graph.nodes) // self.batch
 
     @property
     def output_sizes(self) -> list[tuple[int, ...]]:

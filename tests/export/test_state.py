@@ -249,7 +249,7 @@ def test_where_all_branches_decide_alike_there_is_one_branch_and_no_cache(
 
 def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel) -> None:
     outputs = []
-    for apart in (nullcontext, together.each_branch):
+    for apart in (nullcontext, together.programs.each_branch):
         together.reset()
         calls = [small_inputs(3, time, number, last=number // 7) for number, time in enumerate(TIMES)]
         with torch.no_grad(), apart():
