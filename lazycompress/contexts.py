@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import LazyCompressError
 from .gate import Gates, fingerprint, timestep_per_sample
-from .graph.capture import Call
+from .graph.call import Call
 from .graph.insert import LazyGraph
 
 #: More states than this are never in turn: guidance needs two or three.

@@ -15,7 +15,7 @@ from .encoding import EncodingError, Zeros, decode, encode, outline
 from .errors import ExportError
 from .files import TensorEntry, checked, kind_of, read_json, read_tensors, tensor_entries
 from .gate import Gates
-from .graph.capture import Call
+from .graph.call import Call
 from .recipe import Recipe, load_recipe
 
 GATES_FILE = "gates.safetensors"

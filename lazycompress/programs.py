@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .errors import InputError, LazyCompressError, LocateError, shortened
 from .gate import Gates
-from .graph.capture import Call, CallKey, Capture, capture
+from .graph.call import Call, CallKey
+from .graph.capture import Capture, capture
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
 from .graph.locate import Branch, locate_branches
 from .graph.lower import Controller, lazy_branches, lower

@@ -16,7 +16,7 @@ from . import targets
 from .contexts import States
 from .errors import LazyCompressError, shown
 from .gate import Gates
-from .graph.capture import Call, take_apart
+from .graph.call import Call, take_apart
 from .graph.insert import LazyGraph
 from .models import InPlaceOf
 from .programs import GatesFor, Program, Programs

@@ -88,7 +88,7 @@ class Reference:
         self.batch = -1
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        from lazycompress.graph.capture import take_apart
+        from lazycompress.graph.call import take_apart
 
         call = take_apart(self.lazy.model, (), inputs)
         graph = getattr(self.lazy.program(call), self.form)

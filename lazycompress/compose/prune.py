@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ComposeError, MissingExtraError
-from ..graph.capture import call_of, capture
+from ..graph.call import call_of
+from ..graph.capture import capture
 from ..graph.locate import Branch, locate_branches
 from ..graph.ops import SEE_THROUGH, is_heavy, op_name, shape_of
 from ..recipe import Prune

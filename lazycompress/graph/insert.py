@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from ..errors import InputError, LocateError
 from ..gate import Gates
-from .capture import Capture, Leaf
+from .call import Leaf
+from .capture import Capture
 from .locate import Branch
 from .ops import is_dynamic, size_hint
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, InputError
 from ..gate import Gates
-from ..graph.capture import take_apart
+from ..graph.call import take_apart
 from ..graph.locate import Branch
 from ..plan.plan import Plan, stream_of
 from ..runtime import LazyModel

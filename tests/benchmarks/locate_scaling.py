@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lazycompress.graph.capture import capture, take_apart
+from lazycompress.graph.call import take_apart
+from lazycompress.graph.capture import capture
 from lazycompress.graph.locate import Branch, locate_branches
 from tests.zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
 
