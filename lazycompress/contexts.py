@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .errors import LazyCompressError
-from .gate import Gates, fingerprint, timestep_per_sample
+from .gate import fingerprint, timestep_per_sample
+from .gates import Gates
 from .graph.call import Call
 from .graph.insert import LazyGraph
 

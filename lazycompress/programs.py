@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, LazyCompressError, LocateError, shortened
-from .gate import Gates
+from .gates import Gates
 from .graph.call import Call, CallKey
 from .graph.capture import Capture, capture
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates

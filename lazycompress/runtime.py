@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from . import targets
 from .contexts import States
 from .errors import LazyCompressError, shown
-from .gate import Gates
+from .gates import Gates
 from .graph.call import Call, take_apart
 from .graph.insert import LazyGraph
 from .models import InPlaceOf

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import LazyCompressError, shown
-from .gate import FORBIDDEN, SLOPE, Gates
+from .gates import FORBIDDEN, SLOPE, Gates
 from .graph.locate import Branch
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.graph.locate import Branch
 from lazycompress.integrations.digits.model import load_bundled
 from tests.slices import Slice, choose

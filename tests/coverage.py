@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lazycompress.errors import LazyCompressError
 from lazycompress.files import check_file, write_file
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.graph.call import take_apart
 from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import Branch

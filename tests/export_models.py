@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from lazycompress.export.trace import Granularity, granularity
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.graph.locate import Branch
 from lazycompress.runtime import LazyModel, wrap
 

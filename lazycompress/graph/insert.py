@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import InputError, LocateError
-from ..gate import Gates
+from ..gates import Gates
 from .call import Leaf
 from .capture import Capture
 from .locate import Branch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, InputError
-from ..gate import Gates
+from ..gates import Gates
 from ..graph.call import take_apart
 from ..graph.locate import Branch
 from ..plan.plan import Plan, stream_of

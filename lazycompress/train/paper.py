@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..gate import FORBIDDEN, Gates
+from ..gates import FORBIDDEN, Gates
 from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
