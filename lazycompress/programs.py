@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .errors import InputError, LazyCompressError, LocateError, shortened
 from .gates import Gates
+from .graph.branch import Branch
 from .graph.call import Call, CallKey
 from .graph.capture import Capture, capture
 from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gates
-from .graph.locate import Branch, locate_branches
+from .graph.locate import locate_branches
 from .graph.lower import Controller, lazy_branches, lower
 from .graph.lower_whole import lower_whole
 from .models import described

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import LazyCompressError, shown
 from .gates import FORBIDDEN, SLOPE, Gates
-from .graph.locate import Branch
+from .graph.branch import Branch
 
 
 def shares(branches: Sequence[Branch]) -> Tensor:

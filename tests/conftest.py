@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lazycompress.gates import Gates
-from lazycompress.graph.locate import Branch
+from lazycompress.graph.branch import Branch
 from lazycompress.integrations.digits.model import load_bundled
 from tests.slices import Slice, choose
 

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from lazycompress.errors import LazyCompressError
 from lazycompress.files import check_file, write_file
 from lazycompress.gates import Gates
+from lazycompress.graph.branch import Branch
 from lazycompress.graph.call import take_apart
 from lazycompress.graph.insert import find_timestep
-from lazycompress.graph.locate import Branch
 from lazycompress.graph.ops import macs_of
 from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap

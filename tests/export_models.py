@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lazycompress.export.trace import Granularity, granularity
 from lazycompress.gates import Gates
-from lazycompress.graph.locate import Branch
+from lazycompress.graph.branch import Branch
 from lazycompress.runtime import LazyModel, wrap
 
 from .zoo.specimen import randomise

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ComposeError
-from ..graph.locate import Branch
+from ..graph.branch import Branch
 from ..graph.ops import is_heavy, op_name, shape_of
 from .distill import RecordedCall
 

@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ComposeError, MissingExtraError
+from ..graph.branch import Branch
 from ..graph.call import call_of
 from ..graph.capture import capture
-from ..graph.locate import Branch, locate_branches
+from ..graph.locate import locate_branches
 from ..graph.ops import SEE_THROUGH, is_heavy, op_name, shape_of
 from ..recipe import Prune
 from ..sampling import Sampler, first_call

@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 
 from ..errors import InputError, LocateError
 from ..gates import Gates
+from .branch import Branch
 from .call import Leaf
 from .capture import Capture
-from .locate import Branch
 from .ops import is_dynamic, size_hint
 
 _ops = torch.ops.lazycompress

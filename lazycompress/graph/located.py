@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from .branch import Branch
 from .capture import Capture
 from .draw import branches_html, branches_svg, branches_table
-from .locate import Branch, locate_branches
+from .locate import locate_branches
 
 
 class Branches(list[Branch]):

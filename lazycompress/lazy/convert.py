@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, InputError
 from ..gates import Gates
+from ..graph.branch import Branch
 from ..graph.call import take_apart
-from ..graph.locate import Branch
 from ..plan.plan import Plan, stream_of
 from ..runtime import LazyModel
 from .attach import Handle, handle_of

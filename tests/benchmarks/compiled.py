@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lazycompress.gates import Gates
-from lazycompress.graph.locate import Branch
+from lazycompress.graph.branch import Branch
 from lazycompress.integrations.digits.model import load_bundled
 from lazycompress.runtime import LazyModel, wrap
 
