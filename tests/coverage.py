@@ -36,6 +36,7 @@ MODULES = [
     "diffusers_image_single",
     "diffusers_video",
     "diffusers_video_more",
+    "diffusers_video_guided",
     "diffusers_audio",
     "styles_all",
 ]
