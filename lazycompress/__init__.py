@@ -20,7 +20,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .api import apply, image, locate
     from .export.folder import export
-    from .graph.locate import Branch
+    from .graph.branch import Branch
     from .integrations.diffusers import disable, enable, reset, set_target, summary
     from .lazy.model import LazyModule
     from .recipe import Recipe
@@ -38,7 +38,7 @@ _LAZY = {
     "apply": "api",
     "locate": "api",
     "export": "export.folder",
-    "Branch": "graph.locate",
+    "Branch": "graph.branch",
     "disable": "integrations.diffusers",
     "enable": "integrations.diffusers",
     "image": "api",

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import InputError, RecipeError
-from .graph.capture import ExampleInputs, call_of, capture
+from .graph.call import ExampleInputs, call_of
+from .graph.capture import capture
 from .graph.located import Branches, located
 from .lazy.attach import Handle, handle_of, uncompiled
 from .lazy.learn import lazy_module

@@ -15,11 +15,18 @@ order of calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .errors import LazyCompressError
+from .gate import fingerprint, timestep_per_sample
+from .gates import Gates
+from .graph.call import Call
+from .graph.insert import LazyGraph
 
 #: More states than this are never in turn: guidance needs two or three.
 MOST = 8
@@ -47,47 +54,63 @@ class States:
     """The states of one lazy model.
 
     Attributes:
-        name: what `cache_context` says, or None.
-        last: the state of the last call, or None.
+        now: timesteps of the call that runs, or ran last, float32 [batch].
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
-        self.last: State | None = None
+        self.now = torch.zeros(0)
+        self._name: str | None = None
+        self._last: State | None = None
         self._all: list[State] = []
         self._made = 0
 
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def last(self) -> State:
+        """The state of the last call.
+
+        Raises:
+            LazyCompressError: there was none.
+        """
+        if self._last is None:
+            raise LazyCompressError("the lazy model has not been called since its last reset")
+        return self._last
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Within the block, calls go on with the state of that name."""
+        outer, self._name = self._name, name
+        try:
+            yield
+        finally:
+            self._name = outer
+
     def clear(self) -> None:
-        self.last = None
+        self._last = None
         self._made = 0
         self._all.clear()
 
-    def find(
-        self,
-        kind: Hashable,
-        timesteps: Tensor,
-        prints: Tensor,
-        direction: float,
-        never: float,
-        fresh: Callable[[], list[Tensor]],
-    ) -> State:
+    def find(self, call: Call, graph: LazyGraph, gates: Gates) -> State:
         """The state to run a call with; what no longer takes turns with it is forgotten.
 
-        Args:
-            kind: states of another kind (sizes, batch, capture) never fit.
-            timesteps: of the call, float32 [batch].
-            prints: fingerprints of its conditioning, [batch, k].
-            direction: 1 where timesteps fall while sampling, -1 where they rise.
-            never: the past timestep of a sample that has no past.
-            fresh: makes the tensors of a new state.
+        States of other sizes, of another batch or of another graph never fit.
         """
-        named = [state for state in self._all if state.name == self.name]
+        latents = call.tensors[call.latents]
+        kind = (call.shapes, id(graph))
+        timesteps = self.now = timestep_per_sample(call.tensors[graph.timestep], latents)
+        prints = fingerprint(
+            [call.tensors[i] for i in graph.conditions],
+            latents,
+            [call.tensors[i] for i, _ in graph.sized],
+            [dim for _, dim in graph.sized],
+        )
+        direction = float(gates.direction)
+        named = [state for state in self._all if state.name == self._name]
         fitting = [state for state in named if state.kind == kind]
         state: State | None = None
-        if self.name is not None:
+        if self._name is not None:
             state = next(iter(fitting), None)
             self._all = [other for other in self._all if other not in named or other is state]
         else:
@@ -100,11 +123,13 @@ class States:
             elif going and max(going) > 0:
                 state = fitting[going.index(max(going))]
         if state is None:
-            state = State(kind, self.name, self._made, fresh())
+            state = State(
+                kind, self._name, self._made, [spec.fresh(call.batch, latents.device) for spec in graph.state]
+            )
             self._made += 1
-        self._forget(state, timesteps, direction, never)
+        self._forget(state, timesteps, direction, gates.never)
         self._all = [state, *(other for other in self._all if other is not state)][:MOST]
-        self.last = state
+        self._last = state
         return state
 
     def _forget(self, state: State, timesteps: Tensor, direction: float, never: float) -> None:

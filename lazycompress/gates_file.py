@@ -14,8 +14,8 @@ from torch import Tensor
 from .encoding import EncodingError, Zeros, decode, encode, outline
 from .errors import ExportError
 from .files import TensorEntry, checked, kind_of, read_json, read_tensors, tensor_entries
-from .gate import Gates
-from .graph.capture import Call
+from .gates import Gates
+from .graph.call import Call
 from .recipe import Recipe, load_recipe
 
 GATES_FILE = "gates.safetensors"

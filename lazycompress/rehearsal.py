@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, LazyCompressError, shortened
-from .graph.capture import path_name
+from .graph.call import path_name
 from .models import bad_weight, bind, described, evaluating, not_finite, on_meta
 from .noise import own_noise
 from .sampling import Enough, Sampler, StandIn, checked

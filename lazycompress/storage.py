@@ -21,7 +21,7 @@ from .gates_file import (
     read_gates_card,
     read_recipe,
 )
-from .graph.capture import ExampleInputs, call_of, take_apart
+from .graph.call import ExampleInputs, call_of, take_apart
 from .lazy.attach import Handle
 from .lazy.convert import lazy_of
 from .lazy.model import LazyModule

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import LazyCompressError, shown
-from .gate import FORBIDDEN, SLOPE, Gates
-from .graph.locate import Branch
+from .gates import FORBIDDEN, SLOPE, Gates
+from .graph.branch import Branch
 
 
 def shares(branches: Sequence[Branch]) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lazycompress.gate import Gates
-from lazycompress.graph.locate import Branch
+from lazycompress.gates import Gates
+from lazycompress.graph.branch import Branch
 from lazycompress.integrations.digits.model import load_bundled
 from tests.slices import Slice, choose
 

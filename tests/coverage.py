@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from lazycompress.errors import LazyCompressError
 from lazycompress.files import check_file, write_file
-from lazycompress.gate import Gates
-from lazycompress.graph.capture import take_apart
+from lazycompress.gates import Gates
+from lazycompress.graph.branch import Branch
+from lazycompress.graph.call import take_apart
 from lazycompress.graph.insert import find_timestep
-from lazycompress.graph.locate import Branch
 from lazycompress.graph.ops import macs_of
 from lazycompress.graph.sizes import resized
 from lazycompress.runtime import LazyModel, wrap
@@ -36,6 +36,7 @@ MODULES = [
     "diffusers_image_single",
     "diffusers_video",
     "diffusers_video_more",
+    "diffusers_video_guided",
     "diffusers_audio",
     "styles_all",
 ]

@@ -10,8 +10,8 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from lazycompress.export.trace import Granularity, granularity
-from lazycompress.gate import Gates
-from lazycompress.graph.locate import Branch
+from lazycompress.gates import Gates
+from lazycompress.graph.branch import Branch
 from lazycompress.runtime import LazyModel, wrap
 
 from .zoo.specimen import randomise
@@ -88,7 +88,7 @@ class Reference:
         self.batch = -1
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        from lazycompress.graph.capture import take_apart
+        from lazycompress.graph.call import take_apart
 
         call = take_apart(self.lazy.model, (), inputs)
         graph = getattr(self.lazy.program(call), self.form)

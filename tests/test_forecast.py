@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lazycompress import gate
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.integrations.digits.model import digits_sampler, draw_noise
 from lazycompress.runtime import LazyModel, wrap
 from lazycompress.train.schedule import Limits, Planner

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazycompress import gate
+from lazycompress.gates import Gates
 
 grids = st.lists(st.integers(0, 2000), min_size=1, max_size=12, unique=True).map(
     lambda values: torch.tensor(sorted(values), dtype=torch.float32)
@@ -143,7 +144,7 @@ def test_gates_that_follow_a_schedule_take_its_decisions(
     made: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int],
 ) -> None:
     schedule, allowed, times, direction = made
-    gates = gate.Gates([str(k) for k in range(len(schedule))], [4] * len(schedule), times, direction)
+    gates = Gates([str(k) for k in range(len(schedule))], [4] * len(schedule), times, direction)
     flip = (lambda table: table.flip(1)) if direction > 0 else (lambda table: table)
     gates.follow(flip(schedule), flip(allowed))
     assert torch.equal(gates.decisions(times), schedule.T)
@@ -152,7 +153,7 @@ def test_gates_that_follow_a_schedule_take_its_decisions(
 def test_half_the_steps_reuse_about_half_as_often() -> None:
     times = torch.arange(1000.0, 0, -10)
     schedule = (torch.arange(100) % 4 != 0).unsqueeze(0)  # computes every 40
-    gates = gate.Gates(["a"], [4], times)
+    gates = Gates(["a"], [4], times)
     gates.follow(schedule.flip(1), torch.ones_like(schedule))
     for steps in (25, 50, 200):
         other = torch.linspace(1000, 1000 / steps, steps)

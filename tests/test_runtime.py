@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lazycompress import LazyCompressError
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.graph.lower import lower
 from lazycompress.integrations.digits.model import digits_sampler, draw_noise
 from lazycompress.runtime import LazyModel, wrap

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.runtime import LazyModel, wrap
 
 MakeGates = Callable[..., Gates]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.report import Usage
 from lazycompress.runtime import LazyModel, wrap
 from lazycompress.train.trainer import _gates_of, clock_times, tell_calls_apart

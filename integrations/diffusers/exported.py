@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import ExportError, InputError
 from ...export.card import read_card
 from ...files import path_of, read_object
-from ...graph.capture import take_apart
+from ...graph.call import take_apart
 from ...report import Summary
 from .loading import check_index, model_class, no_bars
 from .pipelines import PipelineSummary

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..graph.capture import Call, call_of
+from ..graph.call import Call, call_of
 from ..sampling import NotCalledError, Sampler, first_tensor
 
 _log = logging.getLogger(__name__)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ComposeError
-from ..graph.locate import Branch
-from ..graph.ops import is_heavy, op_name, shape_of
+from ..graph.branch import Branch
+from ..graph.ops import op_name, shape_of
 from .distill import RecordedCall
+from .linears import linear_of, sources_of, uses_of
 
 
 @dataclass(frozen=True)
@@ -51,56 +51,12 @@ def find_attention(branches: Sequence[Branch], linears: Mapping[fx.Node, str], m
             width = heads * channels
             if mixed or strays or not sources or not outs:
                 continue
-            if any(_linear(model, name).out_features % width for name in sources):
+            if any(linear_of(model, name).out_features % width for name in sources):
                 continue
-            if any(_linear(model, name).in_features != width for name in outs):
+            if any(linear_of(model, name).in_features != width for name in outs):
                 continue
             found[tuple(outs)] = Attention(branch.name, heads, channels, tuple(sources), tuple(outs))
     return list(found.values())
-
-
-def sources_of(
-    node: fx.Node, inside: set[fx.Node], linears: Mapping[fx.Node, str], branch: Branch, values: Sequence[Any]
-) -> tuple[list[str], bool]:
-    """Linear layers of the branch that `values`, inputs of `node`, come from, and whether anything else does."""
-    entries = {stream.entry for stream in branch.streams}
-    stack, seen = [value for value in values if isinstance(value, fx.Node)], {node}
-    names: list[str] = []
-    mixed = False
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in linears and current in inside:
-            names.append(linears[current])
-        elif current in entries or is_heavy(current):
-            mixed = True
-        elif current in inside:
-            stack.extend(current.all_input_nodes)
-    return list(dict.fromkeys(names)), mixed
-
-
-def uses_of(
-    node: fx.Node, inside: set[fx.Node], linears: Mapping[fx.Node, str], branch: Branch
-) -> tuple[list[str], bool]:
-    """Linear layers of the branch that `node` goes to, and whether it goes anywhere else."""
-    exits = set(branch.exits)
-    stack, seen = [node], {node}
-    names: list[str] = []
-    strays = node in exits
-    while stack:
-        for user in stack.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user in linears and user in inside:
-                names.append(linears[user])
-            elif user in exits or user not in inside or is_heavy(user):
-                strays = True
-            else:
-                stack.append(user)
-    return list(dict.fromkeys(names)), strays
 
 
 def prune_heads(
@@ -123,7 +79,7 @@ def prune_heads(
     with torch.no_grad():
         for attention in found:
             for name in attention.outs:
-                _linear(silenced, name).weight[:, _channels(attention, drops[attention.outs])] = 0
+                linear_of(silenced, name).weight[:, _channels(attention, drops[attention.outs])] = 0
         expected = call.run(silenced).float()
     del silenced
     for parts_first in (True, False):
@@ -155,13 +111,13 @@ def _take_out(model: nn.Module, attention: Attention, drop: list[int], parts_fir
 
     heads, channels = attention.heads, attention.channels
     for name in attention.sources:
-        layer = _linear(model, name)
+        layer = linear_of(model, name)
         rows = torch.arange(layer.out_features)
         parts = layer.out_features // (heads * channels)  # queries, keys and values in one layer
         grid = rows.view(parts, heads, channels) if parts_first else rows.view(heads, parts, channels).transpose(0, 1)
         tp.prune_linear_out_channels(layer, grid[:, drop].flatten().tolist())
     for name in attention.outs:
-        tp.prune_linear_in_channels(_linear(model, name), _channels(attention, drop))
+        tp.prune_linear_in_channels(linear_of(model, name), _channels(attention, drop))
     kept = heads - len(drop)
     numbers = {heads: kept} | ({heads * channels: kept * channels} if widths_too else {})
     for module in model.get_submodule(_common(attention)).modules():
@@ -175,7 +131,7 @@ def _take_out(model: nn.Module, attention: Attention, drop: list[int], parts_fir
 def _weakest(model: nn.Module, attention: Attention, energies: Mapping[str, Tensor], share: float) -> list[int]:
     scores = torch.zeros(attention.heads)
     for name in attention.outs:
-        columns = contributions(_linear(model, name), energies.get(name)).cpu()
+        columns = contributions(linear_of(model, name), energies.get(name)).cpu()
         scores += columns.view(attention.heads, attention.channels).sum(1)
     count = min(round(attention.heads * share), attention.heads - 1)
     return sorted(scores.argsort()[:count].tolist())
@@ -201,9 +157,3 @@ def _common(attention: Attention) -> str:
             break
         common.append(parts[0])
     return ".".join(common)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer

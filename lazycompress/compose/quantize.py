@@ -282,7 +282,7 @@ def calibration(lazy: LazyModel, sampler: Sampler, count: int, seed: int) -> lis
     lazy.reset()
     torch.manual_seed(seed + 555)
     try:
-        with torch.no_grad(), lazy.each_branch():
+        with torch.no_grad(), lazy.programs.each_branch():
             _ = sampler(lazy)
     finally:
         hook.remove()

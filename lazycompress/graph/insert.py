@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import InputError, LocateError
-from ..gate import Gates
-from .capture import Capture, Leaf
-from .locate import Branch
+from ..gates import Gates
+from .branch import Branch
+from .call import Leaf
+from .capture import Capture
 from .ops import is_dynamic, size_hint
 
 _ops = torch.ops.lazycompress

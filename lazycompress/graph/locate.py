@@ -20,79 +20,15 @@ Everything is a set of node indices in topological order; ancestors are bit sets
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
 from ..errors import LocateError
-from .index import Index, mixes_tokens, tokens_of, whole_of
-from .ops import (
-    CHEAP,
-    HEAVY,
-    JOINS,
-    NONLINEAR,
-    SEE_THROUGH,
-    SPLICES,
-    is_opaque,
-    macs_of,
-    shape_of,
-)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One residual stream through a branch: the value `entry` that the gate reads, the value `exit` that is cached.
-
-    `channel_dim` is the dimension of `entry` that holds the channels: the last one of tokens, 1 of feature maps.
-    """
-
-    entry: fx.Node
-    exit: fx.Node
-    channel_dim: int
-
-    @property
-    def width(self) -> int:
-        return (shape_of(self.entry) or [1])[self.channel_dim]
-
-
-@dataclass
-class Branch:
-    """A part of the model that can reuse its last output.
-
-    Attributes:
-        name: module path that the branch's heavy operators share, made unique.
-        kind: "attention", "cross-attention", "joint-attention", "mlp" or "parallel" (attention and MLP in one).
-        macs: multiply-accumulates per sample, attention products included.
-        streams: one or more residual streams (joint attention has several).
-        escapes: values made inside that something outside reads as well; they are cached like the exits.
-        nodes: what is not executed when the branch reuses, in topological order.
-    """
-
-    name: str
-    kind: str
-    macs: int
-    streams: list[Stream]
-    escapes: list[fx.Node] = field(repr=False)
-    nodes: list[fx.Node] = field(repr=False)
-
-    @property
-    def exits(self) -> list[fx.Node]:
-        """Every value that is cached: one per stream, then the escapes."""
-        return [stream.exit for stream in self.streams] + self.escapes
-
-    @property
-    def width(self) -> int:
-        """Channels of all streams together: the length of the gate's weight vector."""
-        return sum(stream.width for stream in self.streams)
-
-
-@dataclass
-class _Join:
-    stream: int
-    residual: int
-    output: int
-    region: set[int]
-    substantial: bool = False
+from .branch import Branch, Stream
+from .index import Index, mixes_tokens, tokens_of
+from .joins import Join, find_joins, merge_shared
+from .ops import CHEAP, NONLINEAR, SPLICES, is_opaque, macs_of
 
 
 def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
@@ -106,8 +42,8 @@ def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
         LocateError: no residual branch with attention was found; says what there was.
     """
     index = Index(graph, batch)
-    joins = _find_joins(index)
-    groups = _merge_shared(index, [join for join in joins if join.substantial])
+    joins = find_joins(index)
+    groups = merge_shared(index, [join for join in joins if join.substantial])
     cuts = sorted((_cut(index, group) for group in groups), key=lambda cut: cut.exits[0])
     cuts = [cut for cut in cuts if any(index.heavy[i] for i in cut.core)]
     taken = set().union(*(cut.core for cut in cuts)) if cuts else set()
@@ -129,116 +65,6 @@ def locate_branches(graph: fx.Graph, batch: int) -> list[Branch]:
     return branches
 
 
-def _find_joins(index: Index) -> list[_Join]:
-    joins: list[_Join] = []
-    outputs: dict[int, _Join] = {}
-    for i, node in enumerate(index.nodes):
-        if index.names[i] not in JOINS or index.ranks[i] < 3:
-            continue
-        operands = [index.number[a] for a in node.args[:3] if isinstance(a, fx.Node)]
-        if index.names[i] == "aten::addcmul":
-            pairs = [(operands[0], operands[1]), (operands[0], operands[2])]
-        elif index.names[i] in ("aten::sub", "aten::sub_"):
-            pairs = [(operands[0], operands[1])] if len(operands) == 2 else []
-        elif len(operands) == 2 or index.names[i] == "aten::lerp":
-            pairs = [(operands[0], operands[1]), (operands[1], operands[0])]
-        else:
-            continue
-        best: _Join | None = None
-        for carrier, residual in pairs:
-            stream = _stream_of(index, carrier, residual, outputs)
-            if stream is None or index.ranks[residual] < 3:
-                continue
-            if best is None or stream > best.stream:
-                best = _Join(stream, residual, i, set())
-        if best is None:
-            continue
-        region = index.between([best.stream], [best.residual], tokens_only=True)
-        inner = []
-        for join in reversed(joins):  # ordered by output: what ends before the stream begins cannot be inside
-            if join.output <= best.stream:
-                break
-            if join.output in region and join.stream >= best.stream and join.substantial:
-                inner.append(join)
-        if inner:
-            last = max(join.output for join in inner)
-            region = (
-                index.between([last], [best.residual], tokens_only=True)
-                if index.is_ancestor(last, best.residual)
-                else set()
-            )
-            best.stream = last
-        if not any(index.heavy[j] for j in region):
-            continue
-        best.region = region
-        best.substantial = _is_substantial(index, best)
-        joins.append(best)
-        outputs[i] = best
-    return joins
-
-
-def _stream_of(index: Index, carrier: int, residual: int, joins: dict[int, _Join]) -> int | None:
-    """The residual stream that `carrier` carries past `residual`, or None."""
-    node = carrier
-    while True:
-        if index.is_ancestor(node, residual):
-            return node if index.ranks[node] >= 3 else None
-        if node in joins:  # x + f(x) + g(x): look past the first join
-            node = joins[node].stream
-            continue
-        live = [j for j in index.inputs[node] if index.depends_on_input[j]]
-        whole = whole_of(index, node)
-        if index.names[node] in SEE_THROUGH and live:
-            node = live[0]
-        elif whole is not None and index.shapes[node] == index.shapes[residual] and not index.pooled[node]:
-            node = whole  # not a row of a table of shifts and scales, which every token gets
-        elif (index.names[node] in ("aten::mul", "aten::div", "aten::add") and len(live) < 2) or (
-            index.names[node] in ("aten::mul", "aten::div")
-        ):
-            tokens = [j for j in live if index.ranks[j] >= 3]
-            wide = [j for j in tokens if index.shapes[j] == index.shapes[node]]
-            if len(wide) != 1:
-                return None
-            node = wide[0]
-        else:
-            return None
-
-
-def _is_substantial(index: Index, join: _Join) -> bool:
-    """Rule 3: attention, or two heavy operators in a chain."""
-    region, tokens = join.region, tokens_of(index, join.stream)
-    depth: dict[int, int] = {}
-    for i in sorted(region):
-        if mixes_tokens(index, i, tokens) or is_opaque(index.nodes[i]):
-            return True
-        depth[i] = max((depth.get(j, 0) for j in index.inputs[i]), default=0) + index.heavy[i]
-        if depth[i] >= 2:
-            return True
-    return False
-
-
-def _merge_shared(index: Index, joins: list[_Join]) -> list[list[_Join]]:
-    owner: dict[int, int] = {}
-    parent = list(range(len(joins)))
-
-    def root(k: int) -> int:
-        while parent[k] != k:
-            k = parent[k]
-        return k
-
-    for k, join in enumerate(joins):
-        for i in join.region:
-            if index.heavy[i]:
-                if i in owner:
-                    parent[root(k)] = root(owner[i])
-                else:
-                    owner[i] = k
-    groups: dict[int, list[_Join]] = {}
-    for k, join in enumerate(joins):
-        groups.setdefault(root(k), []).append(join)
-    return list(groups.values())
-
-
 @dataclass
 class _Cut:
     """A branch as node numbers: entries and exits per stream, what runs with it, and what of that its entries reach."""
@@ -249,7 +75,7 @@ class _Cut:
     path: set[int]
 
 
-def _cut(index: Index, joins: list[_Join]) -> _Cut:
+def _cut(index: Index, joins: list[Join]) -> _Cut:
     region = joins[0].region
     if len(joins) > 1:
         region = index.between([j.stream for j in joins], [j.residual for j in joins], tokens_only=True)
@@ -416,6 +242,3 @@ def _name_apart(branches: list[Branch]) -> None:
                 for k, branch in enumerate(group):
                     suffix = str(k) if numbered else branch.kind
                     branch.name = f"{branch.name}.{suffix}" if branch.name else suffix
-
-
-__all__ = ["HEAVY", "Branch", "Stream", "locate_branches"]

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from .branch import Branch
 from .capture import Capture
 from .draw import branches_html, branches_svg, branches_table
-from .locate import Branch, locate_branches
-from .ops import macs_of
+from .locate import locate_branches
 
 
 class Branches(list[Branch]):
@@ -48,6 +48,5 @@ def located(model: nn.Module, captured: Capture) -> Branches:
     Raises:
         LocateError: no residual branch with attention was found.
     """
-    graph = captured.graph_module.graph
-    dense_macs = sum(macs_of(node) for node in graph.nodes) // captured.batch
-    return Branches(locate_branches(graph, captured.batch), type(model).__name__, dense_macs, captured.notes)
+    branches = locate_branches(captured.graph_module.graph, captured.batch)
+    return Branches(branches, type(model).__name__, captured.dense_macs, captured.notes)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, InputError
-from ..gate import Gates
-from ..graph.capture import take_apart
-from ..graph.locate import Branch
+from ..gates import Gates
+from ..graph.branch import Branch
+from ..graph.call import take_apart
 from ..plan.plan import Plan, stream_of
 from ..runtime import LazyModel
 from .attach import Handle, handle_of

@@ -14,7 +14,7 @@ from ..encoding import Zeros
 from ..errors import ExportError, LazyCompressError
 from ..files import checked, kind_of, read_json
 from ..gates_file import FileEntry, Finite, decoded_example, encoded_example, read_recipe
-from ..graph.capture import take_apart
+from ..graph.call import take_apart
 from ..places import GATES, seal
 from ..plan.calibration import load_calibration, save_calibration
 from ..plan.plan import Plan

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import RecipeError
-from ..graph.locate import Branch
+from ..graph.branch import Branch
 from .schedule import Bools, Planner
 from .whole import together
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..graph.capture import take_apart
+from ..graph.call import take_apart
 from ..runtime import LazyModel
 
 

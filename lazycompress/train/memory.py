@@ -134,7 +134,7 @@ def bytes_of_a_call(lazy: LazyModel, sampler: Sampler) -> int:
         parameter.requires_grad_(False)
     lazy.reset()
     try:
-        with own_noise(), torch.enable_grad(), lazy.controlled(recorder), torch.autograd.graph.saved_tensors_hooks(
+        with own_noise(), torch.enable_grad(), lazy.programs.controlled(recorder), torch.autograd.graph.saved_tensors_hooks(
             recorder.keep, lambda kept: kept
         ):  # fmt: skip
             sampler(lazy)

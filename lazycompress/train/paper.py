@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..gate import FORBIDDEN, Gates
+from ..gates import FORBIDDEN, Gates
 from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
@@ -180,7 +180,7 @@ def _distance(lazy: LazyModel, before: tuple[Any, Any], now: tuple[Any, Any]) ->
     """Mean squared difference between the blended and the dense output at `now`, and the scores of the branches."""
     blend = _Blend()
     lazy.reset()
-    with lazy.controlled(blend):
+    with lazy.programs.controlled(blend):
         with torch.no_grad():
             _ = lazy(*before[0], **before[1])
             first = dict(blend.kept)  # the next call overwrites it

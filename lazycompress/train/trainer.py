@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, RecipeError
-from ..gate import Gates
+from ..gates import Gates
 from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel

@@ -216,7 +216,7 @@ def run(lazy: LazyModel, sampler: Sampler, schedule: Tensor | None) -> Tensor:
     """Final latents of one sampling run that follows a schedule, bool [steps, branches]; dense if it is None."""
     lazy.reset()
     tape = _Tape(lazy, schedule, record=False)
-    with torch.no_grad(), lazy.controlled(tape, tape.outputs):
+    with torch.no_grad(), lazy.programs.controlled(tape, tape.outputs):
         image = sampler(lazy).detach()
     tape.check_steps()
     return image
@@ -259,7 +259,7 @@ def linearise(
     lazy.reset()
     torch.manual_seed(seed)
     try:
-        with torch.enable_grad(), lazy.controlled(tape, tape.outputs):
+        with torch.enable_grad(), lazy.programs.controlled(tape, tape.outputs):
             image = sampler(lazy)
     finally:
         for parameter in frozen:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lazycompress.gate import Gates
-from lazycompress.graph.locate import Branch
+from lazycompress.gates import Gates
+from lazycompress.graph.branch import Branch
 from lazycompress.integrations.digits.model import load_bundled
 from lazycompress.runtime import LazyModel, wrap
 

@@ -27,7 +27,7 @@ import lazycompress
 from lazycompress.compose.quantize import quantize
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.recipe import Quantize
 from lazycompress.runtime import LazyModel
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lazycompress.graph.capture import capture, take_apart
-from lazycompress.graph.locate import Branch, locate_branches
+from lazycompress.graph.branch import Branch
+from lazycompress.graph.call import take_apart
+from lazycompress.graph.capture import capture
+from lazycompress.graph.locate import locate_branches
 from tests.zoo.styles_parts import AdaBlock, ImageDenoiser, image_inputs
 
 #: Most that the time per node at 60 blocks may be, relative to that at 2 blocks.

@@ -171,7 +171,7 @@ class Scheduled:
 def follow(lazy: LazyModel, sample: Sample, noise: Tensor, schedule: np.ndarray, order: int) -> Run:
     """Images under a schedule. The branches are computed all the same, so the seconds say nothing."""
     lazy.reset()
-    with lazy.controlled(Scheduled(lazy, schedule, order)):
+    with lazy.programs.controlled(Scheduled(lazy, schedule, order)):
         run = timed(sample, lazy, noise, STEPS, lambda: share_of(lazy, schedule))
     return Run(run.images, run.ratio, float("nan"))
 
@@ -210,7 +210,7 @@ def smooth_cache(lazy: LazyModel, sample: Sample, noise: Tensor, target: float) 
         return list(fresh), torch.zeros_like(valid)
 
     lazy.reset()
-    with torch.no_grad(), lazy.controlled(record):
+    with torch.no_grad(), lazy.programs.controlled(record):
         sample(lazy, noise, STEPS)
     moved = np.zeros((len(kinds), STEPS, STEPS))
     for b in range(len(kinds)):

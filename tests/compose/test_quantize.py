@@ -1,4 +1,4 @@
-"""Quantization and weight compression: what the files compute with, what they give, what is refused before any work."""
+"""Quantization and weight compression: what the files compute with, and what they give."""
 
 from __future__ import annotations
 
@@ -13,40 +13,22 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 import lazycompress
 from lazycompress import LazyCompressError
-from lazycompress.compose import quantize as compose
 from lazycompress.compose.quantize import calibration, compress_weights, quantize
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
-from lazycompress.recipe import IgnoredScope, Quantize, Weights, load_recipe
-from lazycompress.runtime import LazyModel, wrap
+from lazycompress.recipe import Quantize, Weights, load_recipe
+from lazycompress.runtime import LazyModel
 from tests.compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
-from tests.conftest import make_lively_gates, two_blocks
+from tests.conftest import two_blocks
+
+from .stages import BODIES, GATES, INT4, LAYERS, make, never, sampler
 
 FORMATS = ["openvino", "onnx"]
-
-#: Two blocks, each with q, k, v, out and two layers of an MLP; each branch has a body for all samples and one for some.
-LAYERS, BODIES, GATES = 12, 2, 4
-
-INT4 = Weights(mode="int4_sym", group_size=64, ratio=1.0, all_layers=True)
-
-
-def sampler(model: Any) -> Tensor:
-    noise = draw_noise(4, int(torch.randint(0, 10**6, (1,))))
-    return digits_sampler(noise, torch.arange(4), 12)(model)
-
-
-def make(model: nn.Module | None = None) -> LazyModel:
-    inputs = {
-        "hidden_states": draw_noise(2),
-        "timestep": torch.tensor([980, 980]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    return wrap(model or two_blocks(), (), inputs, make_lively_gates)
 
 
 @pytest.fixture(scope="module")
@@ -279,103 +261,10 @@ def test_calibration_sees_all_timesteps_in_one_sampling_run() -> None:
     assert not any(torch.equal(a, b) for a, b in pairwise(caches)), "caches as they really are"
 
 
-# -- a limit on the error ------------------------------------------------------------------------------------------------
-
-
-def test_an_error_above_the_limit_stops_and_leaves_the_model_alone() -> None:
-    lazy = make()
-    expected = r"quantize\.max_error: .* is \d\.\d+e-\d+, allowed are 1\.00e-09.*fall_back"
-    with pytest.raises(LazyCompressError, match=expected) as caught:
-        quantize(lazy, sampler, Quantize(subset_size=12, max_error=1e-9))
-    assert "\n" not in str(caught.value)
-    assert lazy.stages == []
-    plain = make()
-    run = digits_sampler(draw_noise(2, 3), torch.arange(2), 6)
-    with torch.no_grad():
-        assert torch.equal(run(lazy), run(plain))
-
-
-@pytest.mark.slow(seconds=27)
-def test_falling_back_leaves_out_the_layers_that_hurt_most() -> None:
-    """One layer is made hard to quantize: a huge weight takes the whole range of its channel's activations."""
-    model: Any = two_blocks()
-    with torch.no_grad():
-        layer = model.transformer_blocks[1].ff.net[0].proj
-        layer.weight[:, 0] *= 100.0
-        layer.weight[:, 1:] += 0.02 * torch.randn(layer.weight[:, 1:].shape, generator=torch.Generator().manual_seed(0))
-
-    def computing() -> LazyModel:
-        """No decision hangs on a rounded value: the error is that of the arithmetic."""
-        lazy = make(model)
-        lazy.set_gates(lazy.gates.like(order=0, static=1))
-        return lazy
-
-    free = quantize(computing(), sampler, Quantize(subset_size=12, max_error=1e9))
-    assert free.error is not None
-    lazy = computing()
-    report = quantize(lazy, sampler, Quantize(subset_size=12, max_error=free.error / 2, on_error="fall_back"))
-    assert report.error is not None
-    assert report.error <= free.error / 2
-    assert "transformer_blocks.1.ff.net.0.proj" in report.spared
-    assert report.left == sum(".attn" in name or ".ff." in name for name in report.spared)
-    assert report.changed == LAYERS - report.left
-    assert "left out as they hurt most: " in str(report)
-
-
-@pytest.mark.slow(seconds=60)
-def test_layers_outside_of_branches_are_left_out_by_measurement_too(tmp_path: Path) -> None:
-    """The rows of the last projection have ranges far apart after this: 8 bits for each row's range are too few."""
-    model: Any = two_blocks()
-    with torch.no_grad():
-        model.proj_out_2.weight[:, 0] *= 300.0
-
-    def computing() -> LazyModel:
-        lazy = make(model)
-        lazy.set_gates(lazy.gates.like(order=0, static=1))
-        return lazy
-
-    free = quantize(computing(), sampler, Quantize(subset_size=12, max_error=1e9))
-    assert free.error is not None
-    options = Quantize(subset_size=12, max_error=free.error / 2, on_error="fall_back")
-    lazy = computing()
-    report = quantize(lazy, sampler, options)
-    assert "proj_out_2" in report.spared
-    found = openvino_matmuls(lazycompress.export(lazy, tmp_path / "out"))
-    # Which others hurt too differs between processors; convolutions are no matmuls.
-    layers = dict(model.named_modules())
-    outside = [name for name in report.spared if ".attn" not in name and ".ff." not in name]
-    assert len(outside) == len(report.spared) - report.left
-    left = sum(isinstance(layers[name], nn.Linear) for name in outside)
-    assert found["outside", "f32", False] == left, "static gates multiply nothing"
-
-
-@pytest.mark.slow(seconds=60)
-def test_weights_that_hurt_stay_in_8_bits(tmp_path: Path) -> None:
-    free = compress_weights(make(), sampler, INT4.model_copy(update={"max_error": 1e9}))
-    assert free.error is not None
-    options = INT4.model_copy(update={"max_error": free.error / 2, "on_error": "fall_back"})
-    lazy = make()
-    report = compress_weights(lazy, sampler, options)
-    assert report.error is not None
-    assert report.error <= free.error / 2
-    assert (report.changed, report.left) == (LAYERS, 0)
-    found = openvino_matmuls(lazycompress.export(lazy, tmp_path / "out"))
-    spared = sum(".attn" in name or ".ff." in name for name in report.spared) * BODIES
-    assert {key[1]: count for key, count in found.items() if key[0] == "body"} == {
-        "i4": LAYERS * BODIES - spared,
-        "u8": spared,
-    }
-
-
-@pytest.mark.slow(seconds=35)
-def test_a_limit_that_nothing_keeps_is_one_line() -> None:
-    with pytest.raises(LazyCompressError, match=r"with the \d+ of \d+ layers left out.*allowed are 1\.00e-12"):
-        quantize(make(), sampler, Quantize(subset_size=4, max_error=1e-12, on_error="fall_back"))
-
-
-def test_an_ignored_scope_takes_names_of_modules() -> None:
-    scope = IgnoredScope(names=["transformer_blocks.0.attn1.to_q"], patterns=[r"transformer_blocks\.1\.ff.*"])
-    assert quantize(make(), sampler, Quantize(subset_size=4, ignored_scope=scope)).left == 3
+def test_a_second_stage_on_the_same_weights_is_one_line(int8: LazyModel) -> None:
+    for again in (partial(quantize, int8, never, Quantize()), partial(compress_weights, int8, never, INT4)):
+        with pytest.raises(LazyCompressError, match="went through quantize already"):
+            again()
 
 
 # -- whole recipes -------------------------------------------------------------------------------------------------------
@@ -431,83 +320,3 @@ def test_gates_can_be_learned_on_the_quantized_model() -> None:
         sampler(lazy)
     assert lazy.summary().skip_ratio > 0
     assert all(p.dtype is torch.float32 for p in lazy.gates.parameters())
-
-
-# -- refused before any work ---------------------------------------------------------------------------------------------
-
-
-def never(model: Any) -> Tensor:
-    raise AssertionError("the sampler ran")
-
-
-INPUTS = {"hidden_states": draw_noise(2), "timestep": torch.tensor([9, 9]), "class_labels": torch.tensor([1, 2])}
-
-
-@pytest.mark.parametrize(
-    ("recipe", "expected"),
-    [
-        ({"quantize": {"presett": "mixed"}}, r"unknown key 'quantize\.presett'; did you mean 'preset'\?"),
-        ({"quantize": {"preset": "best"}}, r"key 'quantize\.preset'.*'performance'.*'mixed'.*there was 'best'"),
-        ({"weights": {"mode": "int3"}}, r"key 'weights\.mode'.*there was 'int3'"),
-        ({"weights": {"mode": "int8_sym", "group_size": 64}}, r"weights\.group_size is an option of the int4 modes"),
-        ({"weights": {"mode": "int4_sym", "group_size": 0}}, r"weights\.group_size.*there was 0"),
-        ({"order": "quantize_train"}, r"quantize_train needs a quantize section; add one, or leave order out"),
-        ({"quantize": {}, "weights": {}}, r"keep one of the sections quantize and weights"),
-        (
-            {"quantize": {}, "order": "quantize_train", "train": {"enabled": False}},
-            r"quantize_train needs train\.enabled: true",
-        ),
-        ({"order": "train_prune"}, r"key 'order'.*'train_quantize'.*there was 'train_prune'"),
-        (
-            {"quantize": {"ignored_scope": {"names": ["transformer_blocks.0.attn1.to_p"]}}},
-            r"quantize\.ignored_scope\.names: 'transformer_blocks\.0\.attn1\.to_p' matches nothing; did you mean '.*to_.'",
-        ),
-        (
-            {"weights": {"ignored_scope": {"patterns": ["blok.*"]}}},
-            r"weights\.ignored_scope\.patterns: 'blok\.\*' matches",
-        ),
-        ({"quantize": {"ignored_scope": {"patterns": ["("]}}}, r"'\(' is no regular expression"),
-        ({"quantize": {"ignored_scope": {"types": ["liner"]}}}, r"no operation type 'liner'; did you mean 'linear'"),
-    ],
-)
-def test_a_wrong_recipe_is_one_line_before_any_work(recipe: dict[str, Any], expected: str) -> None:
-    with pytest.raises(LazyCompressError, match=expected) as caught:
-        lazycompress.apply(two_blocks(), recipe, example_inputs=INPUTS, sampler=never)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "key"),
-    [
-        ({"quantize": {}}, "quantize"),
-        ({"weights": {"mode": "int4_sym", "awq": True}}, r"weights\.awq"),
-        ({"weights": {"max_error": 1e-3}}, r"weights\.max_error"),
-        ({"prune": {}}, "prune"),
-    ],
-)
-def test_missing_calibration_data_says_what_to_pass(recipe: dict[str, Any], key: str) -> None:
-    recipe = {**recipe, "train": {"enabled": False}}
-    with pytest.raises(LazyCompressError, match=rf"{key}: there is nothing to calibrate on; pass sampler=, or"):
-        lazycompress.apply(two_blocks(), recipe, example_inputs=INPUTS)
-
-
-def test_a_second_stage_on_the_same_weights_is_one_line(int8: LazyModel) -> None:
-    for again in (partial(quantize, int8, never, Quantize()), partial(compress_weights, int8, never, INT4)):
-        with pytest.raises(LazyCompressError, match="went through quantize already"):
-            again()
-
-
-def test_a_sampler_with_other_sizes_cannot_calibrate() -> None:
-    with pytest.raises(LazyCompressError, match="the sampler calls the model with other sizes"):
-        quantize(make(), lambda model: torch.zeros(1, 1, 8, 8), Quantize())
-
-
-def test_what_nncf_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    nncf = compose.need_nncf("a test")
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("not\nthis one")
-
-    monkeypatch.setattr(nncf, "quantize", refuse)
-    with pytest.raises(LazyCompressError, match="quantize: NNCF stopped: RuntimeError: not this one"):
-        quantize(make(), sampler, Quantize(subset_size=1))

@@ -12,7 +12,7 @@ from torch import nn
 import lazycompress
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
-from lazycompress.graph.capture import take_apart
+from lazycompress.graph.call import take_apart
 from lazycompress.graph.insert import find_timestep
 from lazycompress.runtime import LazyModel, wrap
 from tests.export_models import Reference, alike, lively, loop, tensors_only

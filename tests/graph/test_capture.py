@@ -16,7 +16,7 @@ import lazycompress
 from lazycompress import LazyCompressError
 from lazycompress.errors import CaptureError, ExportError, LocateError
 from lazycompress.export.trace import trace
-from lazycompress.gate import Gates
+from lazycompress.gates import Gates
 from lazycompress.runtime import LazyModel, wrap
 from tests.zoo.specimen import built, constant, falling, moving
 from tests.zoo.styles_parts import HEADS, WIDTH, AdaBlock, Mlp, PreNormBlock, TimeEmbed

@@ -14,7 +14,8 @@ from lazycompress import LazyCompressError
 from lazycompress.errors import ExportError
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
-from lazycompress.graph.capture import capture, take_apart
+from lazycompress.graph.call import take_apart
+from lazycompress.graph.capture import capture
 from lazycompress.graph.insert import find_timestep
 from lazycompress.graph.locate import locate_branches
 from lazycompress.graph.sizes import resized

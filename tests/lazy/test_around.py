@@ -22,7 +22,7 @@ from lazycompress.plan.plan import even
 
 from ..pipelines import PIPELINES, make_sd3
 from .models import STEPS, TIMES, Denoiser, last, noise, prompt, steps
-from .test_pipelines import learn, sample
+from .samples import learn, sample
 
 
 class Moves:

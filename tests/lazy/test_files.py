@@ -16,8 +16,8 @@ from lazycompress.lazy.convert import graph_of
 from lazycompress.lazy.model import LazyModule
 from lazycompress.plan.plan import Plan
 
-from ..pipelines import PIPELINES, make_dit
-from .test_pipelines import STEPS, learn, quiet, sample
+from ..pipelines import PIPELINES, make_dit, quiet
+from .samples import STEPS, learn, sample
 
 
 def sampler(model: nn.Module) -> Tensor:

@@ -1,12 +1,10 @@
-"""Training on a real machine: cut off and gone on with, on several processes, in less memory, and what it says meanwhile."""
+"""Training on a real machine: on several processes, in less memory, and what it says meanwhile."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,231 +14,17 @@ from torch import Tensor, nn
 
 import lazycompress
 from lazycompress import LazyCompressError, free_memory
-from lazycompress.cli import main
-from lazycompress.integrations.digits.model import WEIGHTS_DIR, load_bundled
 from lazycompress.recipe import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import build_sampler
-from lazycompress.train import checkpoint as checkpoints
 from lazycompress.train import memory, runs
-from lazycompress.train.checkpoint import Checkpoint, fingerprint
 from lazycompress.train.distributed import Group
 from lazycompress.train.memory import bytes_of_a_call, check_memory, training_mode
 from lazycompress.train.trajectory import linearise
-from tests.conftest import two_blocks
 
-QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 8, "sampling.batch": 4}
+from .quick import PAPER, QUICK, learn, same_gates
+
 SLOW = pytest.mark.slow(seconds=8)
-PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "train.effort": 0.06}
-
-
-def learn(digits: nn.Module, overrides: dict[str, Any]) -> LazyModel:
-    lazy: LazyModel = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
-    return lazy
-
-
-@pytest.fixture(scope="module")
-def whole() -> LazyModel:
-    """Learned in one go, by one process, in full precision."""
-    return learn(load_bundled(), QUICK)
-
-
-def same_gates(a: LazyModel, b: LazyModel, atol: float = 0.0) -> None:
-    one, other = a.gates.state_dict(), b.gates.state_dict()
-    assert set(one) == set(other)
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=name)
-
-
-# -- cut off and gone on with ----------------------------------------------------------------------------------------
-
-
-class CutOff(BaseException):
-    """Like a kill: nothing handles it."""
-
-
-@pytest.mark.parametrize("made", [3, pytest.param(9, marks=pytest.mark.slow)])
-def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
-    digits: nn.Module, whole: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: int
-) -> None:
-    counted = {"linearise": 0, "run": 0}
-    most = [10**6]
-
-    def counting(name: str) -> Any:
-        original = getattr(runs, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if sum(counted.values()) >= most[0]:
-                raise CutOff
-            counted[name] += 1
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in counted:
-        monkeypatch.setattr(runs, name, counting(name))
-    kept = {**QUICK, "train.checkpoint": str(tmp_path / "kept")}
-    most[0] = made
-    with pytest.raises(CutOff):
-        learn(digits, kept)
-    most[0] = 10**6
-    counted.update(linearise=0, run=0)
-    resumed = learn(digits, kept)
-    left = sum(counted.values())
-    same_gates(whole, resumed)
-    assert resumed.training_report.history == whole.training_report.history
-    assert resumed.training_report.forwards == whole.training_report.forwards
-    runs_of_whole = len(list((tmp_path / "kept").glob("*.safetensors")))
-    assert runs_of_whole > whole.training_report.runs
-    assert left == runs_of_whole - made
-
-
-@pytest.mark.slow(seconds=25)
-def test_the_papers_training_goes_on_after_its_last_updates(
-    short: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lazycompress.train import paper
-
-    updates = [0]
-    most = [10**6]
-    original = paper._distance
-
-    def counting(*args: Any) -> Any:
-        if updates[0] >= most[0]:
-            raise CutOff
-        updates[0] += 1
-        return original(*args)
-
-    monkeypatch.setattr(paper, "_distance", counting)
-    whole = learn(short, PAPER)
-    assert updates[0] == 30
-    kept = {**PAPER, "train.checkpoint": str(tmp_path / "kept")}
-    updates[0], most[0] = 0, 25
-    with pytest.raises(CutOff):
-        learn(short, kept)
-    updates[0], most[0] = 0, 10**6
-    resumed = learn(short, kept)
-    assert updates[0] == 10
-    same_gates(whole, resumed)
-
-
-@pytest.mark.slow(seconds=30)
-def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gates = tmp_path / "gates"
-    settings = {"train.effort": 0.5, "sampling.steps": 8, "sampling.batch": 8}
-    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    arguments = ["apply", "--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml", *options, "--json", str(gates)]
-    kept = tmp_path / "gates.training"
-    program = [sys.executable, "-c", "from lazycompress.cli import main; import sys; main(sys.argv[1:])", *arguments]
-    process = subprocess.Popen(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    try:
-        while len(list(kept.glob("*.safetensors"))) < 3 and process.poll() is None:
-            time.sleep(0.02)
-    finally:
-        process.kill()
-    assert process.wait() != 0, "it ended before it could be killed"
-    assert not gates.exists()
-    files = {path: path.stat().st_mtime_ns for path in kept.glob("*.safetensors")}
-    main([*arguments, "--resume"])
-    report = json.loads(capsys.readouterr().out)
-    assert report["macs_ratio"] <= 0.5
-    assert (gates / "gates.safetensors").is_file()
-    assert len(files) >= 3
-    assert not kept.exists(), "what is done needs no checkpoint"
-    assert "checkpoint: ''" in load_recipe(json.loads((gates / "gates.json").read_text())["recipe"]).to_yaml()
-    with pytest.raises(SystemExit):
-        main([*arguments, "--resume"])
-    assert "nothing to resume" in capsys.readouterr().err
-
-
-@pytest.mark.slow(seconds=20)
-def test_without_resume_the_command_line_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gates = tmp_path / "gates"
-    kept = tmp_path / "gates.training"
-    kept.mkdir()
-    (kept / "about.json").write_text("{}")  # which may be somebody else's
-    options = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
-    arguments = ["apply", "--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml", *options, "--json", str(gates)]
-    with pytest.raises(SystemExit):
-        main([*arguments, "--resume"])
-    assert "does not describe a training" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "does not describe a training" in capsys.readouterr().err
-    (kept / "about.json").unlink()
-    Checkpoint(kept, {"lazycompress": "1", "recipe": {}, "model": "m", "timesteps": []}).put("run", 1.0)
-    main(arguments)
-    assert not kept.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"train.seed": 1}, r"keeps another training: train\.seed was 0, now it is 1; delete the folder"),
-        pytest.param({"target": 0.6}, r"target was 0\.5, now it is 0\.6", marks=SLOW),
-        pytest.param(
-            {"sampling.conditions": {"class_labels": {"kind": "integers", "high": 3}}},
-            r"high was 10, now it is 3",
-            marks=SLOW,
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_recipe_is_refused(
-    short: nn.Module, tmp_path: Path, change: dict[str, Any], expected: str
-) -> None:
-    kept = {**QUICK, "train.checkpoint": str(tmp_path / "kept")}
-    _checkpoint_of(short, kept)
-    with pytest.raises(LazyCompressError, match=expected) as caught:
-        learn(short, {**kept, **change})
-    assert "\n" not in str(caught.value)
-    learn_export = load_recipe("digits_dit.yaml", {**kept, "export.format": "onnx"})
-    assert learn_export.export.format == "onnx"
-
-
-def _checkpoint_of(digits: nn.Module, overrides: dict[str, Any]) -> None:
-    """What a training leaves that is cut off before its first run."""
-    from lazycompress.train.checkpoint import about
-    from lazycompress.train.trainer import tell_calls_apart
-
-    lazy = learn(digits, {**overrides, "train.enabled": False})
-    recipe = load_recipe("digits_dit.yaml", overrides)
-    assert recipe.sampling is not None
-    calls = tell_calls_apart(lazy, build_sampler(recipe.sampling))
-    Checkpoint(recipe.train.checkpoint, about(lazy, recipe, calls[0]))
-
-
-def test_a_checkpoint_of_another_model_is_refused(short: nn.Module, tmp_path: Path) -> None:
-    kept = {**QUICK, "train.checkpoint": str(tmp_path / "kept")}
-    _checkpoint_of(short, kept)
-    other = two_blocks()
-    with torch.no_grad():
-        next(p for name, p in other.named_parameters() if "transformer_blocks.1" in name).add_(0.01)
-    with pytest.raises(LazyCompressError, match="the model is another one"):
-        learn(other, kept)
-
-
-def test_what_was_kept_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint(tmp_path / "kept", {"lazycompress": "1", "recipe": {}, "model": "m", "timesteps": []})
-    checkpoint.put("a", {"x": torch.arange(3), "n": 1.5})
-    assert checkpoint.get("a")["x"].tolist() == [0, 1, 2]
-    assert checkpoint.get("b") is None
-
-    def torn(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half of")
-        raise CutOff
-
-    monkeypatch.setattr(checkpoints, "write_tensors", torn)
-    with pytest.raises(CutOff):
-        checkpoint.put("b", 1)
-    with pytest.raises(CutOff):
-        checkpoint.put("a", 2)
-    assert checkpoint.get("b") is None
-    assert checkpoint.get("a")["n"] == 1.5
-
-
-def test_the_fingerprint_of_a_model_is_its_own(short: nn.Module) -> None:
-    one, two = (learn(short, {**QUICK, "train.enabled": False}) for _ in range(2))
-    assert fingerprint(one) == fingerprint(two)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -9,19 +9,7 @@ from diffusers.models import transformers as zoo
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import nn
 
-from .specimen import (
-    Site,
-    Specimen,
-    built,
-    constant,
-    falling,
-    labels,
-    level,
-    moving,
-    per_block,
-    prefix_mask,
-    rising,
-)
+from .specimen import Site, Specimen, built, constant, falling, labels, level, moving, per_block, prefix_mask, rising
 
 
 def lumina_next_inputs(batch: int, step: int) -> dict[str, Any]:
