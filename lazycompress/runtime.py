@@ -328,10 +328,10 @@ class LazyModel(InPlaceOf):
             self._swap_gates(self.gates)
 
     def _swap_gates(self, gates: Gates) -> None:
-        if (int(gates.order), int(gates.static)) != (int(self.gates.order), int(self.gates.static)):
+        if gates.form != self.gates.form:
             raise LazyCompressError(
                 f"the model went through {', '.join(self.stages)} with other gates: of order {int(self.gates.order)}, "
-                f"{'' if int(self.gates.static) else 'not '}static; make it lazy again instead"
+                f"{'' if int(self.gates.static) else 'not '}static, {self.gates.kind}; make it lazy again instead"
             )
         self.gates = gates
         for programs in self._programs.values():

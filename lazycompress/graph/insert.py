@@ -25,6 +25,7 @@ from ..gate import Gates
 from .capture import Capture, Leaf
 from .locate import Branch
 from .ops import is_dynamic, size_hint
+from .scoring import operator_of
 
 _ops = torch.ops.lazycompress
 
@@ -238,7 +239,7 @@ def insert_gates(
                 score = graph.call_function(_ops.scheduled, (marks, hats, row, since, slope))
             else:
                 weight = graph.get_attr(f"lazy_gates.weights.{i}")
-                score = graph.call_function(_ops.score, (marks, dims, hats, weight, row, since, slope))
+                score = graph.call_function(operator_of(gates.kind), (marks, dims, hats, weight, row, since, slope))
             lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
         dim = batch_dim(node, batch)
         fresh = swapped(inside[i][node], node, dim)

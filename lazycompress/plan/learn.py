@@ -11,6 +11,7 @@ import numpy as np
 
 from ..sampling import Sampler
 from .calibration import Calibration, Floats
+from .forecasts import Order
 from .judge import Judgement, judge_against, refer
 from .plan import Plan
 from .record import Denoise, Read, calibrate
@@ -77,7 +78,7 @@ def learn_plan(
     read: Read,
     calibration: Calibration | None = None,
     guards: Guards | None = None,
-    orders: Sequence[int] = (0, 1, 2),
+    orders: Sequence[Order] = (0, 1, 2),
     images: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -91,7 +92,7 @@ def learn_plan(
         target: share of the calls to compute, in (0, 1].
         calibration: made before; left out, one is made.
         guards: that the plan keeps to.
-        orders: of the forecast, to choose from.
+        orders: forecasts to choose from, see `Plan.order`.
         budget: calls to spend in all, in dense runs of the calibration's images. The even plans are always judged.
 
     Raises:
@@ -123,7 +124,8 @@ def learn_plan(
     assert reference is not None
     spent += reference.calls
     judged: list[Judgement] = []
-    equal = [plan for plan in evens(calibration, target) if plan.order in orders and _keeps(plan, calibration, guards)]
+    ahead = [order for order in orders if order]
+    equal = [plan for plan in evens(calibration, target, ahead) if _keeps(plan, calibration, guards)]
     per_run = calls * len(seeds)
     for plan in (*equal, *candidates):
         if (
