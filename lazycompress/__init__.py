@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .api import apply, image, locate
     from .export.folder import export
     from .graph.branch import Branch
-    from .integrations.diffusers import disable, enable, reset, set_target, summary
     from .lazy.model import LazyModule
+    from .pipelines import disable, enable, reset, set_target, summary
     from .recipe import Recipe
     from .runtime import LazyModel
     from .storage import load, save
@@ -39,12 +39,12 @@ _LAZY = {
     "locate": "api",
     "export": "export.folder",
     "Branch": "graph.branch",
-    "disable": "integrations.diffusers",
-    "enable": "integrations.diffusers",
+    "disable": "pipelines",
+    "enable": "pipelines",
     "image": "api",
-    "reset": "integrations.diffusers",
-    "set_target": "integrations.diffusers",
-    "summary": "integrations.diffusers",
+    "reset": "pipelines",
+    "set_target": "pipelines",
+    "summary": "pipelines",
     "Recipe": "recipe",
     "LazyModel": "runtime",
     "LazyModule": "lazy.model",

@@ -19,6 +19,7 @@ from .lazy.model import LazyModule
 from .lazy.scopes import scope_of
 from .models import evaluating, signature_of
 from .noise import own_noise
+from .pipelines import kind_of, lazy_parts
 from .recipe import IgnoredScope, Recipe, load_recipe
 from .rehearsal import rehearse
 from .runtime import LazyModel
@@ -57,7 +58,7 @@ def apply(
     """Make a model lazy: find its branches, put gates before them, learn when each may reuse.
 
     Args:
-        model_or_pipeline: an `nn.Module`, or a diffusers pipeline.
+        model_or_pipeline: an `nn.Module`, a diffusers pipeline, or a pipeline of a kind that another package brings.
         recipe: a path, the name of a shipped recipe, a dictionary, or a `Recipe`.
         example_inputs: keyword arguments of one forward call, or a tuple of positional ones; left out, the first call
             that the sampler makes is taken.
@@ -89,10 +90,9 @@ def _applied(
     progress: bool,
 ) -> Any:
     """`apply` of a recipe that has been read; draws random numbers."""
-    if not isinstance(model_or_pipeline, nn.Module):
-        from .integrations.diffusers import apply_to_pipeline
-
-        return apply_to_pipeline(model_or_pipeline, chosen, sampler=sampler, call_kwargs=call_kwargs, progress=progress)
+    kind = kind_of(model_or_pipeline)
+    if kind is not None:
+        return kind.apply(model_or_pipeline, chosen, sampler=sampler, call_kwargs=call_kwargs, progress=progress)
     model = model_or_pipeline
     _ = signature_of(model)
     if handle_of(model) is not None or isinstance(model, LazyModule):
@@ -132,12 +132,10 @@ def image(model_or_pipeline: Any, timesteps: Sequence[float] | Tensor | None = N
     Raises:
         InputError: nothing there is lazy.
     """
-    if isinstance(model_or_pipeline, nn.Module):
-        found: list[Any] = [handle_of(model_or_pipeline) or model_or_pipeline]
-    else:
-        from .integrations.diffusers import lazy_denoisers
-
-        found = list(lazy_denoisers(model_or_pipeline).values())
+    own = handle_of(model_or_pipeline) or model_or_pipeline
+    found: list[Any] = [own]
+    if not hasattr(own, "engine") and kind_of(own) is not None:
+        found = list(lazy_parts(own).values())
     lazies = [lazy for lazy in found if hasattr(lazy, "engine")]
     if not lazies:
         raise InputError(f"{type(model_or_pipeline).__name__} skips no whole calls: there is no image to open")
@@ -154,7 +152,7 @@ def graph_is_needed(recipe: Recipe) -> bool:
     """Whether a recipe runs as a lazy graph, with branches, and not as whole calls of the user's own module.
 
     Raises:
-        RecipeError: it says `units: calls`, and has what only a graph has.
+        RecipeError: it says `units: calls`, and has what only a graph has; or a graph cannot forecast so.
     """
     reasons = [
         *(name for name in ("prune", "quantize", "weights") if getattr(recipe, name) is not None),
@@ -167,7 +165,10 @@ def graph_is_needed(recipe: Recipe) -> bool:
     ]
     if recipe.units == "calls" and reasons:
         raise RecipeError(f"units: calls goes without a graph, which {reasons[0]} needs; say units: branches")
-    return recipe.units == "branches" or bool(reasons)
+    needed = recipe.units == "branches" or bool(reasons)
+    if needed:
+        _ = recipe.polynomial
+    return needed
 
 
 def make_lazy(
@@ -222,7 +223,7 @@ def make_lazy(
             learn()
             lazy.reports.append(quantize(lazy, sampler, recipe.quantize, seed=recipe.train.seed))
         else:
-            lazy.set_gates(lazy.gates.like(order=recipe.forecast, static=1))
+            lazy.set_gates(lazy.gates.like(order=recipe.polynomial, static=1))
             lazy.reports.append(quantize(lazy, sampler, recipe.quantize, seed=recipe.train.seed))
             with lazy.instead(straight_through(lazy.program(lazy.example).flat)):
                 learn()
@@ -250,9 +251,9 @@ def _check(recipe: Recipe, sampler: Sampler | None, model: nn.Module, example_in
             f"{needs}: there is nothing to calibrate on; pass sampler=, or give the recipe a sampling section"
         )
     if recipe.prune is not None:
-        from .compose.prune import need_pruner
+        from .compose.pruners import pruner_of
 
-        need_pruner(recipe.prune)
+        pruner_of(recipe.prune).need(recipe.prune)
     if recipe.quantize is not None or weights is not None:
         from .compose.quantize import need_nncf
 

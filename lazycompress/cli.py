@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--gates", type=Path, metavar="DIR", help="what 'lazycompress apply' wrote (default: learn them now)"
     )
-    export.add_argument("--format", choices=["openvino", "onnx"], help="file format (default: the recipe's)")
+    export.add_argument(
+        "--format", type=_format, help="openvino, onnx, or that of another package (default: the recipe's)"
+    )
     export.add_argument("--telemetry", action="store_true", help="add an output with the decisions of each step")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     export.add_argument("directory", type=Path, help="where to write")
@@ -137,6 +139,17 @@ def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 7 or not 0 < int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"a number from 1 to 1000000 is needed, there was {shown(text)}")
     return int(text)
+
+
+def _format(text: str) -> str:
+    """An export format, as argparse wants it: an error says which there are."""
+    from .kinds import need
+
+    try:
+        need("runtimes", text)
+    except LazyCompressError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

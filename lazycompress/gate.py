@@ -262,6 +262,9 @@ def per_row(pace: Tensor, like: Tensor, scale: int) -> list[Tensor]:
     return [column.reshape(-1, *[1] * (like.dim() - 1)) for column in fitted.unbind(1)]
 
 
+#: What a gate that looks at the sample takes and gives, as torch writes it.
+SCORE = "(Tensor[] streams, int[] channel_dims, Tensor hats, Tensor weight, Tensor bias, Tensor elapsed, Tensor slope) -> Tensor"
+
 _library: Any = torch.library.Library("lazycompress", "DEF")  # type: ignore[no-untyped-call]
 for _function, _schema in (
     (enter, "(Tensor stream, int branch, int position) -> Tensor"),
@@ -276,11 +279,7 @@ for _function, _schema in (
     (elapsed, "(Tensor now, Tensor past_times, Tensor direction) -> Tensor"),
     (times, "(Tensor now, Tensor past_times, Tensor valid, Tensor lazy, float never) -> Tensor"),
     (hat, "(Tensor timestep, Tensor grid) -> Tensor"),
-    (
-        score,
-        "(Tensor[] streams, int[] channel_dims, Tensor hats, Tensor weight, Tensor bias, Tensor elapsed, Tensor slope) "
-        "-> Tensor",
-    ),
+    (score, SCORE),
     (scheduled, "(Tensor[] streams, Tensor hats, Tensor bias, Tensor elapsed, Tensor slope) -> Tensor"),
     (decide, "(Tensor score, Tensor valid, Tensor threshold) -> Tensor"),
     (select, "(Tensor fresh, Tensor cache, Tensor lazy) -> Tensor"),

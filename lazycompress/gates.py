@@ -37,6 +37,7 @@ class Gates(nn.Module):
         frontier: schedules that training found for several budgets, bool [budgets, branches, grid].
         longest: how many steps of the grid one output may be reused for.
         static: 1 where the weights are left out: all samples at a timestep share one decision, and no stream is read for it.
+        kind: how a branch is scored, see `kinds`; not looked at where gates are static.
         order: of the polynomial through the last computed outputs that a call without computation goes on along, 1 or 2; 0:
             none, the caches give its output.
     """
@@ -55,6 +56,7 @@ class Gates(nn.Module):
     def __init__(self, names: Sequence[str], widths: Sequence[int], grid: Tensor, direction: int = 1) -> None:
         super().__init__()
         self.names = list(names)
+        self.kind = "linear"
         self.register_buffer("grid", grid.to(torch.float32).sort().values)
         self.register_buffer("threshold", torch.tensor(0.5))
         self.register_buffer("direction", torch.tensor(float(direction)))
@@ -86,7 +88,14 @@ class Gates(nn.Module):
         gates = Gates(self.names, widths, self.grid, int(self.direction))
         gates.order.fill_(order)
         gates.static.fill_(static)
+        gates.kind = self.kind
         return gates.to(self.grid.device)
+
+    @property
+    def form(self) -> tuple[int, int, str]:
+        """What another graph is needed for: order, static, and the kind of those that are not."""
+        static = int(self.static)
+        return int(self.order), static, "" if static else self.kind
 
     @property
     def unit(self) -> float:

@@ -16,7 +16,7 @@ from .errors import ExportError
 from .files import TensorEntry, checked, kind_of, read_json, read_tensors, tensor_entries
 from .gates import Gates
 from .graph.call import Call
-from .recipe import Recipe, load_recipe
+from .recipe import GateName, Recipe, load_recipe
 
 GATES_FILE = "gates.safetensors"
 DESCRIPTION_FILE = "gates.json"
@@ -62,6 +62,7 @@ class GatesCard(BaseModel):
     recipe: dict[str, Any] | None
     direction: int
     timestep_input: str | None = Field(max_length=1000)
+    gate: GateName = "linear"
     branches: list[BranchEntry] = Field(min_length=1, max_length=BRANCHES)
     grid: list[Finite] = Field(min_length=1, max_length=POINTS)
     targets: list[Finite] = Field(max_length=POINTS)
@@ -121,6 +122,7 @@ def read_gates(folder: Path, card: GatesCard) -> Gates:
     gates = Gates([b.name for b in card.branches], [b.width for b in card.branches], tensors["grid"], card.direction)
     gates.frontier = torch.zeros_like(tensors["frontier"])
     gates.load_state_dict(tensors)
+    gates.kind = card.gate
     return gates
 
 

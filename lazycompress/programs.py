@@ -218,10 +218,10 @@ class Programs:
             program.control(controller)
 
     def _swap_gates(self, gates: Gates) -> None:
-        if (int(gates.order), int(gates.static)) != (int(self.gates.order), int(self.gates.static)):
+        if gates.form != self.gates.form:
             raise LazyCompressError(
                 f"the model went through {', '.join(self.stages)} with other gates: of order {int(self.gates.order)}, "
-                f"{'' if int(self.gates.static) else 'not '}static; make it lazy again instead"
+                f"{'' if int(self.gates.static) else 'not '}static, {self.gates.kind}; make it lazy again instead"
             )
         self.gates = gates
         for program in self:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
-from .errors import RecipeError, shown
+from . import kinds
+from .errors import LazyCompressError, RecipeError, shown
 from .sections import Section, explain
 from .strict_yaml import MOST_LEVELS, parse, read_text
 
@@ -30,6 +31,28 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Shares = Annotated[
     Annotated[Share, Tag("a share")] | Annotated[list[Share], Field(min_length=1), Tag("shares")],
     Discriminator(lambda value: "shares" if isinstance(value, list | tuple) else "a share"),
+]
+
+
+def named(kind: str) -> AfterValidator:
+    """What makes a name of a key: only what goes by one is taken, the package's own or another package's."""
+
+    def check(name: str) -> str:
+        try:
+            kinds.need(kind, name)
+        except LazyCompressError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+#: A forecast is a polynomial of an order, or another one by its name.
+FormatName = Annotated[str, named("runtimes")]
+GateName = Annotated[str, named("gates")]
+ForecastName = Annotated[
+    Annotated[int, Field(ge=0, le=2), Tag("an order")] | Annotated[str, named("forecasts"), Tag("a forecast")],
+    Discriminator(lambda value: "a forecast" if isinstance(value, str) and not value.isdecimal() else "an order"),
 ]
 
 
@@ -106,6 +129,9 @@ class Train(Section):
     enabled: bool = Field(True, description="false leaves the gates untrained: they always compute")
     method: Literal["trajectory", "paper"] = Field(
         "trajectory", description="judged by the final image, or two steps with a soft blend as in LazyDiT's paper"
+    )
+    gate: GateName = Field(
+        "linear", description="how a gate scores its branch (method: paper): linear, or the name of another package's"
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the noise and of the probes")
     effort: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
@@ -184,8 +210,10 @@ class Weights(Section):
 class Prune(Section):
     """Pruning of the model before it is captured, repaired by a short training against the dense one."""
 
-    method: Literal["structured", "magnitude"] = Field(
-        "structured", description="narrower layers (faster), or single weights set to zero (as fast as before)"
+    method: Annotated[str, named("pruners")] = Field(
+        "structured",
+        description="structured: narrower layers (faster); magnitude: single weights set to zero (as fast as before); or the "
+        "name of another package's",
     )
     mlp_width: float = Field(
         0.25, ge=0.0, lt=1.0, description="share of each MLP's hidden units taken out (structured)"
@@ -194,12 +222,19 @@ class Prune(Section):
     ratio: float = Field(0.25, gt=0.0, lt=1.0, description="share of each weight matrix set to zero (magnitude)")
     finetune_steps: int = Field(300, ge=0, le=1_000_000, description="steps of the training that repairs the model")
     learning_rate: float = Field(1e-4, gt=0.0, description="largest learning rate of AdamW in that training")
+    options: dict[str, Any] = Field(default_factory=dict, description="what another package's method takes besides")
+
+    @model_validator(mode="after")
+    def _own_options(self) -> Prune:
+        if self.options and self.method in kinds.OWN["pruners"]:
+            raise ValueError(f"options are for methods of other packages; method: {self.method} has none")
+        return self
 
 
 class Export(Section):
     """What `lazycompress.export` writes unless told otherwise."""
 
-    format: Literal["openvino", "onnx"] = Field("openvino", description="file format")
+    format: FormatName = Field("openvino", description="file format: openvino, onnx, or the name of another package's")
     telemetry: bool = Field(False, description="add an output with the decisions of each step")
 
 
@@ -217,12 +252,10 @@ class Recipe(Section):
         "sample frozen to the majority of their decisions; gates: as they are trained; left out: static in the sampler's "
         "loop, gates for method: paper",
     )
-    forecast: int = Field(
+    forecast: ForecastName = Field(
         2,
-        ge=0,
-        le=2,
         description="a step that reuses all branches gives the parabola (2) or the line (1) through the model's last computed "
-        "outputs; 0: what the caches give",
+        "outputs; 0: what the caches give; or the name of another package's forecast (units: calls)",
     )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
     units: Literal["auto", "calls", "branches"] = Field(
@@ -277,6 +310,10 @@ class Recipe(Section):
             )
         if paper and self.schedule != "static" and len(self.targets) > 1:
             raise ValueError("target: a list needs schedule: static with train.method: paper; or keep one target")
+        if self.train.gate != "linear" and not paper:
+            raise ValueError(
+                f"train.gate: {self.train.gate} needs train.method: paper; other methods learn gates that look at no sample"
+            )
         if self.train.latents and not paper:
             raise ValueError("train.latents needs train.method: paper; training in the loop starts from noise")
         if self.train.latents and self.sampling is None:
@@ -286,6 +323,20 @@ class Recipe(Section):
     def targets(self) -> list[float]:
         """All targets, the one in force first."""
         return list(self.target) if isinstance(self.target, list) else [self.target]
+
+    @property
+    def polynomial(self) -> int:
+        """The order of the forecast in a graph, where polynomials are the only ones.
+
+        Raises:
+            RecipeError: it is another one.
+        """
+        if isinstance(self.forecast, str):
+            raise RecipeError(
+                f"forecast: {self.forecast} is for whole calls of the module itself; a graph takes 0, 1 or 2: say units: calls, "
+                "and leave out what needs a graph"
+            )
+        return self.forecast
 
     def with_checkpoint(self, folder: str) -> Recipe:
         """The same recipe with another `train.checkpoint`."""

@@ -41,7 +41,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 def explain(error: ValidationError, whole: type[BaseModel], where: str) -> str:
     """The first of some errors as one line: the dotted key, what is wrong with it, what there was or what is near."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("a share", "shares")]
+    location = [str(part) for part in first["loc"] if part not in ("a share", "shares", "an order", "a forecast")]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         known = _fields(whole, location[:-1])

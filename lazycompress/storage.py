@@ -84,6 +84,7 @@ def write_gates(lazy: LazyModel, folder: Path) -> None:
         "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
         "direction": int(lazy.gates.direction),
         "timestep_input": lazy.timestep_input,
+        "gate": lazy.gates.kind,
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
         "targets": frontier_of(lazy),

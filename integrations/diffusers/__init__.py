@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...errors import MissingExtraError
+from ...pipelines import PipelineSummary, disable, enable, reset, set_target, summary
 
 try:
     import diffusers as _diffusers  # noqa: F401
@@ -13,20 +14,7 @@ from .export import INDEX_FILE, export_folder, export_pipeline, load_pipeline, l
 from .exported import ExportedDenoiser, exported_summary, load_exported
 from .graph import LazyDenoiser
 from .loading import load_denoiser
-from .pipelines import (
-    PipelineSummary,
-    apply_to_pipeline,
-    denoisers,
-    disable,
-    enable,
-    example_calls,
-    lazy_denoisers,
-    load_lazy,
-    reset,
-    set_policy,
-    set_target,
-    summary,
-)
+from .pipelines import apply_to_pipeline, denoisers, example_calls, lazy_denoisers, load_lazy, set_policy
 
 __all__ = [
     "INDEX_FILE",

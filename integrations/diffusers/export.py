@@ -24,16 +24,18 @@ from ...errors import ExportError, InputError, MissingExtraError
 from ...export.card import read_card
 from ...export.folder import describe, parity
 from ...export.folder import export as export_model
+from ...export.runtimes import runtime_of
 from ...export.trace import Form, trace, widest
 from ...files import kind_of, path_of, read_object, write_json
 from ...lazy.attach import Handle, PartHandle
 from ...lazy.convert import graph_of
+from ...pipelines import disable, enable
 from ...places import EXPORT, check_place, seal, whole_folder
 from ...recipe import Recipe, load_recipe
 from ...wrap.folder import wrap
 from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
-from .pipelines import apply_to_pipeline, disable, enable, lazy_denoisers
+from .pipelines import apply_to_pipeline, lazy_denoisers
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def export_pipeline(
     Args:
         pipeline: what `lazycompress.apply(pipe, recipe)` returned.
         directory: where to; written whole or not at all.
-        format: "openvino" or "onnx"; None: that of the pipeline's own files, or for one in torch the recipe's.
+        format: "openvino", "onnx", or that of another package; None: that of the pipeline's own files, or for one in torch
+            the recipe's.
         telemetry: add an output with the decisions of each step to the denoiser's file.
         overwrite: replace a folder that was exported before.
 
@@ -70,8 +73,8 @@ def export_pipeline(
     """
     found = lazy_denoisers(pipeline)
     target = check_place(directory, EXPORT, overwrite)
-    if format not in (None, "openvino", "onnx"):
-        raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
+    if format is not None:
+        _ = runtime_of(format)
     parts = {name: part for name, part in found.items() if isinstance(part, PartHandle)}
     if parts:
         return _wrapped(pipeline, parts, Path(directory), format, telemetry, overwrite)

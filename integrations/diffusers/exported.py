@@ -14,11 +14,12 @@ from torch import nn
 
 from ...errors import ExportError, InputError
 from ...export.card import read_card
+from ...export.runtimes import Runner, runtime_of
 from ...files import path_of, read_object
 from ...graph.call import take_apart
+from ...pipelines import PipelineSummary
 from ...report import Summary
 from .loading import check_index, model_class, no_bars
-from .pipelines import PipelineSummary
 
 
 class ExportedDenoiser(nn.Module):
@@ -26,14 +27,14 @@ class ExportedDenoiser(nn.Module):
 
     Args:
         shell: the original on the meta device: signature and config, nothing to compute with.
-        runner: an `OpenVINORunner` or `OnnxRunner`.
+        runner: of the file, such as `OpenVINORunner`.
     """
 
-    def __init__(self, shell: nn.Module, runner: Any) -> None:
+    def __init__(self, shell: nn.Module, runner: Runner) -> None:
         super().__init__()
         self.__dict__["shell"] = shell  # no submodule: nothing to move, save or count
         self.runner = runner
-        self._twins: dict[str, Any] = {}
+        self._twins: dict[str, Runner] = {}
         self._name: str | None = None
 
     @property
@@ -73,8 +74,7 @@ class ExportedDenoiser(nn.Module):
             runner.reset()
 
     def summary(self) -> Summary:
-        found: Summary = self.runner.summary()
-        return found
+        return self.runner.summary()
 
 
 def load_exported(folder: str | Path) -> Any:
@@ -105,7 +105,7 @@ def load_exported(folder: str | Path) -> Any:
     known = {name: held.get(name, parts.config.get(name)) for name in wanted if name not in shells}
     pipeline = type(parts)(**known, **shells)
     for name, shell in shells.items():
-        object.__setattr__(pipeline, name, ExportedDenoiser(shell, _runner(path / name, card["format"])))
+        object.__setattr__(pipeline, name, ExportedDenoiser(shell, _runner(path / name)))
     return pipeline
 
 
@@ -131,14 +131,9 @@ def _shell(folder: Path, name: str) -> nn.Module:
     return shell
 
 
-def _runner(folder: Path, format: str) -> Any:
-    if format == "openvino":
-        from ...export.openvino_runner import OpenVINORunner
-
-        return OpenVINORunner(folder)
-    from ...export.onnx_runner import OnnxRunner
-
-    return OnnxRunner(folder)
+def _runner(folder: Path) -> Runner:
+    card = read_card(folder)
+    return runtime_of(card["format"]).open_folder(folder, card)
 
 
 __all__ = ["ExportedDenoiser", "exported_summary", "load_exported"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from ...graph.insert import is_timestep_name
 from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
 from ...lazy.learn import learn, unlearned
 from ...lazy.store import PLAN_FILE, load_plan
-from ...lazy.usage import CallSummary
 from ...lazy.watch import Watch
+from ...pipelines import reset
 from ...recipe import Recipe
-from ...report import Summary
 from ...sampling import NotCalledError, Sampler, first_call
 from ...storage import load as load_gates
 from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, put
@@ -36,25 +34,6 @@ _KEPT = "_lazy_denoisers"
 
 #: What a lazy denoiser is: the pipeline's own module with an engine before it, or a lazy graph in its place.
 Lazy = Handle | LazyDenoiser
-
-
-@dataclass(frozen=True)
-class PipelineSummary:
-    """Reuse per denoiser since the last reset. `str()` gives a table for each."""
-
-    denoisers: dict[str, Summary | CallSummary]
-
-    def __getitem__(self, name: str) -> Summary | CallSummary:
-        return self.denoisers[name]
-
-    @property
-    def skip_ratio(self) -> float:
-        """Share of what could have been reused that was, over all denoisers."""
-        skipped = sum(summary.skip_ratio * summary.runs for summary in self.denoisers.values())
-        return skipped / max(sum(summary.runs for summary in self.denoisers.values()), 1)
-
-    def __str__(self) -> str:
-        return "\n\n".join(f"{name}\n{summary}" for name, summary in self.denoisers.items())
 
 
 def apply_to_pipeline(
@@ -218,63 +197,19 @@ def denoisers(pipeline: Any) -> list[str]:
     return found
 
 
-def disable(pipeline: Any) -> Any:
-    """Run the denoisers as they are; `enable` undoes it. Nothing happens where nothing is lazy."""
+def switch(pipeline: Any, on: bool) -> None:
+    """Use the lazy denoisers, or the dense ones. Nothing happens where nothing is lazy."""
     for name, lazy in lazy_denoisers(pipeline, needed=False).items():
         if isinstance(lazy, Handle):
-            lazy.enabled = False
+            lazy.enabled = on
         else:
-            put(pipeline, name, lazy.model)
-    return pipeline
-
-
-def enable(pipeline: Any) -> Any:
-    """Use the lazy denoisers again.
-
-    Raises:
-        InputError: `lazycompress.apply` has not been called on this pipeline.
-    """
-    for name, lazy in lazy_denoisers(pipeline).items():
-        if isinstance(lazy, Handle):
-            lazy.enabled = True
-        else:
-            put(pipeline, name, lazy)
-    return pipeline
-
-
-def reset(pipeline: Any) -> Any:
-    """Forget images and statistics. Not needed between images: a new image is noticed."""
-    for lazy in lazy_denoisers(pipeline).values():
-        lazy.reset()
-    return pipeline
-
-
-def summary(pipeline: Any) -> PipelineSummary:
-    """What has been computed and what has not in each denoiser since the last `reset`."""
-    return PipelineSummary({name: lazy.summary() for name, lazy in lazy_denoisers(pipeline).items()})
+            put(pipeline, name, lazy if on else lazy.model)
 
 
 def set_policy(pipeline: Any, policy: Any) -> Any:
     """Set `policy` ("learned", "compute", "reuse") on every lazy denoiser."""
     for lazy in lazy_denoisers(pipeline).values():
         lazy.policy = policy
-    return pipeline
-
-
-def set_target(pipeline: Any, target: float, timesteps: Sequence[float] | Tensor | None = None) -> Any:
-    """Set another budget on every lazy denoiser, without learning.
-
-    Args:
-        pipeline: a lazy one.
-        target: share that may be computed, in (0, 1].
-        timesteps: that the denoisers are going to be called at; left out, those that were learned at.
-
-    Raises:
-        LazyCompressError: the pipeline is not lazy, or this share cannot be.
-    """
-    for lazy in lazy_denoisers(pipeline).values():
-        own = torch.as_tensor(timesteps) if timesteps is not None else None
-        lazy.set_target(target, own)
     return pipeline
 
 
@@ -303,7 +238,7 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
             graphs[name] = load_gates(module, saved, kind=LazyDenoiser, strict=strict)
     if not graphs and not plans:
         raise InputError(f"{folder} holds no gates and no plan: pipe.save_pretrained of a lazy pipeline writes them")
-    disable(pipeline)
+    switch(pipeline, False)
     for handle in plans.values():
         handle.enabled = True
     for name, lazy in graphs.items():

@@ -29,6 +29,7 @@ from .distill import RecordedCall, finetune, input_energies, own_noise, record
 from .heads import find_attention, prune_heads
 from .hidden import find_hidden, narrow
 from .linears import linear_nodes
+from .pruners import Method, pruner_of
 from .quantize import ComposeReport
 
 _log = logging.getLogger(__name__)
@@ -57,20 +58,20 @@ def prune(
         LazyCompressError: the model cannot be captured, or has no branches.
     """
     started = time.perf_counter()
-    need_pruner(options)
+    pruner = pruner_of(options)
+    pruner.need(options)
     with own_noise(seed + 777):
         captured = capture(model, call_of(model, first_call(model, sampler)), sizes=False)
     branches = locate_branches(captured.graph_module.graph, captured.batch)
     linears = linear_nodes(captured.graph_module, model)
     heavy = [node for branch in branches for node in branch.nodes if is_heavy(node)]
-    method = _structured if options.method == "structured" else _magnitude
-    pruned, changed = method(model, sampler, options, branches, linears, seed, progress)
+    pruned, changed = pruner.prune(model, sampler, options, branches, linears, seed, progress)
     count = sum(1 for node in heavy if linears.get(node) in changed)
     return pruned, ComposeReport("prune", count, len(heavy) - count, time.perf_counter() - started)
 
 
 def need_pruner(options: Prune) -> Any:
-    """The package that does it, imported.
+    """The package that does what one of the methods here asks for, imported.
 
     Raises:
         ComposeError: the options ask for nothing.
@@ -174,3 +175,7 @@ def _magnitude(
 def _repair(student: nn.Module, calls: Sequence[RecordedCall], options: Prune, seed: int, progress: bool) -> None:
     before, after = finetune(student, calls, options.finetune_steps, options.learning_rate, seed, progress)
     _log.info("pruned: relative error of one call %.2e, after fine-tuning %.2e", before, after)
+
+
+#: See `kinds`.
+STRUCTURED, MAGNITUDE = Method(need_pruner, _structured), Method(need_pruner, _magnitude)

@@ -16,13 +16,12 @@ from torch import Tensor
 from ..errors import ExportError, InputError
 from ..files import checked, kind_of, path_of, read_object, sha256_of
 from ..gates_file import FileEntry, Finite
+from ..recipe import FormatName
 
 CARD_FILE = "lazycompress.json"
 
 #: What a file keeps between calls has fewer values than this, for one sample.
 _LARGEST_STATE = 2**33
-
-Format = Literal["openvino", "onnx"]
 
 #: What decides: each sample of a batch for itself, or the batch as one.
 Granularity = Literal["sample", "batch"]
@@ -76,7 +75,7 @@ class Parity(_Section):
 
 class _Card(_Section):
     lazycompress: str = Field(max_length=100)
-    format: Format
+    format: FormatName
     files: Files = Field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from ..files import kind_of, path_of, read_tensors
 from ..graph.sizes import resized
 from ..runtime import LazyModel
 from .card import Granularity, check_files, exports_in, read_card
+from .runtimes import runtime_of
 from .trace import granularity
 
 CHECK_FILE = "lazycompress.check.safetensors"
@@ -204,13 +205,7 @@ def start(directory: Path, card: dict[str, Any] | None = None) -> Any:
     """
     card = card or read_card(directory)
     try:
-        if card["format"] == "openvino":
-            from .openvino_runner import OpenVINORunner
-
-            return OpenVINORunner(directory, card=card)
-        from .onnx_runner import OnnxRunner
-
-        return OnnxRunner(directory, card=card)
+        return runtime_of(card["format"]).open_folder(directory, card)
     except LazyCompressError:
         raise
     except Exception as error:

@@ -17,17 +17,14 @@ from ..lazy.convert import graph_of, lazy_of
 from ..lazy.model import LazyModule
 from ..places import EXPORT, check_place, seal, whole_folder
 from ..runtime import LazyModel
-from .card import Format, Granularity, Weights
+from .card import Granularity, Weights
 from .check import CHECK_FILE, compare, record, recorded_calls, start, verify
 from .finite import need_finite
+from .runtimes import runtime_of
 from .trace import Form, TracedModel, trace, widest
 
-#: Largest difference to torch that an export may have, as a share of the largest output: what each runtime rounds in float32.
-#: OpenVINO is less exact where a denominator comes near zero: the dense file of a tiny Sana (linear attention) has 2e-4, and
-#: caches carry that on.
-_ROUNDING = {"openvino": 1e-3, "onnx": 1e-4}
-
-#: The same, with weights that are stored in half the size.
+#: Largest difference to torch that an export may have, as a share of the largest output, with weights that are stored in half
+#: the size. With others it is what the runtime rounds in float32.
 _STORED: dict[Weights, float] = {"f16": 2e-2, "bf16": 1e-1}
 
 #: With 8-bit activations: a value that lies between two levels is rounded differently by different arithmetic.
@@ -52,9 +49,10 @@ def export(
         lazy: a model with a plan or with gates, or the denoiser of a lazy pipeline, under any policy; the file always follows
             them. One that skips whole calls is captured for this.
         directory: where to; written whole or not at all.
-        format: "openvino" (caches as state) or "onnx" (caches as inputs and outputs); None: the recipe's.
+        format: "openvino" (caches as state), "onnx" (caches as inputs and outputs), or that of another package; None: the
+            recipe's.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
-        stateful: OpenVINO only: caches as state; else as inputs `past_*` and outputs `present_*`.
+        stateful: where the format has states: caches as state; else as inputs `past_*` and outputs `present_*`.
         overwrite: replace a folder that an export wrote before.
         weights: "f32", "f16" or "bf16": how float32 weights are stored; they compute as the runtime's precision says.
         decide: "sample" (each sample of a batch decides for itself), or "batch" (a branch runs for all if any needs it).
@@ -78,8 +76,7 @@ def export(
     recipe = lazy.recipe
     format = format or (recipe.export.format if recipe is not None else "openvino")
     telemetry = telemetry if telemetry is not None else recipe is not None and recipe.export.telemetry
-    if format not in get_args(Format):
-        raise ExportError(f"there is no export format {format!r}; use 'openvino' or 'onnx'")
+    runtime = runtime_of(format)
     for name, value, known in (("weights", weights, Weights), ("decide", decide, Granularity)):
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
@@ -91,7 +88,7 @@ def export(
         def write(form: Form) -> dict[str, Any]:
             for path in folder.iterdir():  # what the form before left
                 path.unlink()
-            card = _write(graph, folder, format, telemetry, stateful and format == "openvino", weights, decide, form)
+            card = _write(graph, folder, format, telemetry, stateful and runtime.STATEFUL, weights, decide, form)
             return card | ({"parity": parity(graph, card, folder, place, form.sizes)} if check else {})
 
         card = widest(graph, type(graph.model).__name__, write)
@@ -116,7 +113,7 @@ def parity(lazy: LazyModel, card: dict[str, Any], folder: Path, target: Path, si
     calls = recorded_calls(found, card, f"{type(lazy.model).__name__} in torch")
     write_tensors(found, folder / CHECK_FILE)
     exact = card["weights"] == "f32" and not lazy.stages
-    rounding = _ROUNDING[card["format"]] if card["weights"] == "f32" else _STORED[card["weights"]]
+    rounding = runtime_of(card["format"]).ROUNDING if card["weights"] == "f32" else _STORED[card["weights"]]
     tolerance = max(rounding, _COMPOSED if lazy.stages else 0.0)
     try:
         report = compare(target, calls, start(folder, card), tolerance, allowed=0 if exact else sys.maxsize)
@@ -145,17 +142,10 @@ def _write(
     """Write the model's files; returns the card. What was traced is freed on return."""
     traced = trace(lazy, one_batch=not stateful, decide=decide, form=form)
     card = describe(lazy, traced, format, telemetry=telemetry, stateful=stateful, weights=weights, decide=decide)
-    if format == "openvino":
-        from . import openvino as to_openvino
-
-        to_openvino.write(to_openvino.convert(traced, stateful=stateful, telemetry=telemetry, weights=weights), folder)
-    else:
-        from . import onnx as to_onnx
-
-        model = to_onnx.convert(traced, telemetry=telemetry, weights=weights, eight_bits="quantize" in lazy.stages)
-        to_onnx.write(model, folder)
-        card |= to_onnx.versions(model)
-    return card
+    more = runtime_of(format).write_traced(
+        traced, folder, stateful=stateful, telemetry=telemetry, weights=weights, stages=lazy.stages
+    )
+    return card | dict(more)
 
 
 def describe(

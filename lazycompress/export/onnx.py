@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,9 @@ except ImportError as _error:  # pragma: no cover - exercised by the packaging t
 
 MODEL_FILE = "model.onnx"
 
+#: See `runtimes.Runtime`.
+STATEFUL, ROUNDING = False, 1e-4
+
 #: Protobuf holds at most 2 GB; above this the weights go into a file beside the model.
 LARGEST = 1_800_000_000
 
@@ -48,6 +51,22 @@ OPSET = 21
 
 _TYPES = {"f16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _TORCH_TYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_traced(
+    traced: TracedModel, folder: Path, *, stateful: bool, telemetry: bool, weights: Weights, stages: Sequence[str]
+) -> Mapping[str, Any]:
+    """See `runtimes.Runtime`."""
+    model = convert(traced, telemetry=telemetry, weights=weights, eight_bits="quantize" in stages)
+    write(model, folder)
+    return versions(model)
+
+
+def open_folder(folder: Path, card: Mapping[str, Any]) -> Any:
+    """See `runtimes.Runtime`."""
+    from .onnx_runner import OnnxRunner
+
+    return OnnxRunner(folder, card=dict(card))
 
 
 def convert(

@@ -12,7 +12,7 @@ by itself: the clock is part of the graph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,31 @@ except ImportError as _error:  # pragma: no cover - exercised by the packaging t
 
 MODEL_FILE = "openvino_model.xml"
 
+#: See `runtimes.Runtime`. OpenVINO is less exact where a denominator comes near zero: the dense file of a tiny Sana (linear
+#: attention) has 2e-4, and caches carry that on.
+STATEFUL, ROUNDING = True, 1e-3
+
 #: Smaller constants are not worth storing in 4 bits.
 _LEAST = 32
 
 #: The states that are not caches, as variables and as outputs.
 _FORECASTS = tuple(f"{time}_{word}_" for time in ("past", "present") for word in FORECAST)
 _CLOCK = {"past_timestep", "past_prints", "past_times", "present_timestep", "present_prints", "present_times"}
+
+
+def write_traced(
+    traced: TracedModel, folder: Path, *, stateful: bool, telemetry: bool, weights: Weights, stages: Sequence[str]
+) -> Mapping[str, Any]:
+    """See `runtimes.Runtime`."""
+    write(convert(traced, stateful=stateful, telemetry=telemetry, weights=weights), folder)
+    return {}
+
+
+def open_folder(folder: Path, card: Mapping[str, Any]) -> Any:
+    """See `runtimes.Runtime`."""
+    from .openvino_runner import OpenVINORunner
+
+    return OpenVINORunner(folder, card=dict(card))
 
 
 def convert(traced: TracedModel, stateful: bool = True, telemetry: bool = False, weights: Weights = "f32") -> ov.Model:

@@ -26,6 +26,7 @@ from .branch import Branch
 from .call import Leaf
 from .capture import Capture
 from .ops import is_dynamic, size_hint
+from .scoring import operator_of
 
 _ops = torch.ops.lazycompress
 
@@ -239,7 +240,7 @@ def insert_gates(
                 score = graph.call_function(_ops.scheduled, (marks, hats, row, since, slope))
             else:
                 weight = graph.get_attr(f"lazy_gates.weights.{i}")
-                score = graph.call_function(_ops.score, (marks, dims, hats, weight, row, since, slope))
+                score = graph.call_function(operator_of(gates.kind), (marks, dims, hats, weight, row, since, slope))
             lazies[i] = graph.call_function(_ops.decide, (score, valid, threshold))
         dim = batch_dim(node, batch)
         fresh = swapped(inside[i][node], node, dim)

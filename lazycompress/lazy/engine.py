@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, LazyCompressError
-from ..plan.plan import Plan, forecast, stream_of
+from ..plan.forecasts import forecast, points_in
+from ..plan.plan import Plan, stream_of
 from .calls import Call, Reader
 from .eager import around, eager
 from .follow import Pace, alike, as_seen, spread
@@ -270,13 +271,11 @@ class Engine:
         sample.form = form
         records = [*sample.records, Record(sample.pace.time, tensors)]
         times = [record.time for record in records]
-        kept = {k for k, _ in forecast(times, times[-1], self._plan.order)} | set(
-            range(len(records))[-_FEWEST_RECORDS:]
-        )
+        kept = {*points_in(times, self._plan.order), *range(len(records))[-_FEWEST_RECORDS:]}
         sample.records = [records[k] for k in sorted(kept)]
 
     def _forecast(self, sample: Sample) -> list[Tensor]:
-        """The polynomial through the last computed outputs of a sample, at now; in float32, given in their own dtype."""
+        """The forecast from the last computed outputs of a sample, at now; in float32, given in their own dtype."""
         order = sample.pace.plan.order
         parts = forecast([record.time for record in sample.records], sample.pace.time, order)
         records, weights = [sample.records[k] for k, _ in parts], [weight for _, weight in parts]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, RecipeError
 from ..plan.calibration import Calibration
+from ..plan.forecasts import Order
 from ..plan.learn import PlanReport, learn_plan
 from ..plan.plan import Plan, dense
 from ..plan.record import Reading
@@ -19,10 +20,12 @@ from ..plan.search import Guards as Ends
 from ..plan.search import plan_for
 from ..recipe import Guards, Recipe
 from ..sampling import Sampler
+from .attach import Handle, attach, detach, nothing_around
 from .calls import Reader
 from .engine import Engine
 from .follow import in_turns
 from .model import LazyModule
+from .scopes import Surroundings
 from .watch import Turns, Watch
 
 #: Dense runs of all its images that a calibration takes, for `train.effort: 1`.
@@ -35,12 +38,12 @@ class Search:
 
     Attributes:
         calibration: what the model told.
-        forecast: highest order of the forecasts.
+        forecast: highest order of the forecasts, or the name of one.
         guards: the recipe's.
     """
 
     calibration: Calibration
-    forecast: int
+    forecast: Order
     guards: Guards
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
@@ -114,9 +117,9 @@ def _check_times(times: Sequence[float], streams: Sequence[int], target: float) 
         )
 
 
-def orders_of(highest: int) -> range:
-    """The orders of a forecast to choose from."""
-    return range(highest + 1)
+def orders_of(highest: Order) -> Sequence[Order]:
+    """The forecasts to choose from: polynomials, or the one that is named."""
+    return [highest] if isinstance(highest, str) else range(highest + 1)
 
 
 def reading(reader: Reader) -> Callable[[tuple[Any, ...], Mapping[str, Any]], Reading]:
@@ -150,3 +153,37 @@ def lazy_module(model: nn.Module, recipe: Recipe, sampler: Sampler, progress: bo
     lazy.engine, lazy.training_report = learn(watch, loop, recipe, progress)
     lazy.example = watch.example
     return lazy
+
+
+def lazy_in_place(
+    module: nn.Module, recipe: Recipe, sampler: Sampler, progress: bool, surroundings: Surroundings = nothing_around
+) -> Handle:
+    """Put an engine before a module that follows a plan for what `sampler` does: for pipelines, which call the module itself.
+
+    Args:
+        module: the user's own; after an error it is as it was, but for an engine that it had.
+        recipe: see `learn`.
+        sampler: runs one loop that calls the module, whatever it is given itself, and returns the final latents.
+        progress: show a bar.
+        surroundings: finds the run that a call of the module belongs to.
+
+    Raises:
+        LazyCompressError: the sampler or the module is at fault.
+    """
+    handle = attach(module, unlearned(module, recipe), surroundings)
+    watch = Watch(handle.inner, handle.engine.reader)
+    try:
+        with torch.no_grad(), handle.replaced(watch):
+            sampler(module)
+        watch.done()
+
+        def loop(standin: Any) -> Tensor:
+            with handle.replaced(standin):
+                return sampler(module)
+
+        handle.engine, handle.training_report = learn(watch, loop, recipe, progress)
+    except BaseException:
+        detach(module)
+        raise
+    handle.recipe, handle.example, handle.turns = recipe, watch.example, watch.streams
+    return handle

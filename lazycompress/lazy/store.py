@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 from torch import nn
 
 from ..encoding import Zeros
@@ -17,6 +17,7 @@ from ..gates_file import FileEntry, Finite, decoded_example, encoded_example, re
 from ..graph.call import take_apart
 from ..places import GATES, seal
 from ..plan.calibration import load_calibration, save_calibration
+from ..plan.forecasts import Order
 from ..plan.plan import Plan
 from ..recipe import Recipe
 from ..weights import device_of, dtype_of, need_same, weights_hash
@@ -35,6 +36,13 @@ CALLS = 100_000
 _Name = Annotated[str, Field(max_length=1000)]
 _Times = Annotated[list[Finite], Field(min_length=1, max_length=CALLS)]
 _Streams = Annotated[list[Annotated[int, Field(ge=0, le=64)]], Field(max_length=CALLS)]
+
+
+def _order(value: Any) -> Order:
+    if type(value) not in (int, str) or len(str(value)) > 200:
+        raise ValueError("order is 0, 1 or 2, or the name of a forecast")
+    found: Order = value
+    return found
 
 
 class Planned(Protocol):
@@ -63,7 +71,7 @@ class _File(BaseModel):
     dtype: str = Field(max_length=40)
     timesteps: _Times
     computes: list[bool] = Field(max_length=CALLS)
-    order: int
+    order: Annotated[Order, PlainValidator(_order)]
     streams: _Streams
     target: Finite = Field(gt=0.0, le=1.0)
     timestep_input: _Name

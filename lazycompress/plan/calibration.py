@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import InputError
 from ..places import CALIBRATION, seal, whole_folder
 from ..weights import weights_hash
-from .plan import HIGHEST_ORDER
+from .forecasts import HIGHEST_ORDER
 
 Floats = npt.NDArray[np.float64]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..sampling import Sampler
 from .calibration import Calibration, Floats
+from .forecasts import Order
 from .judge import Judgement, judge_against, refer
 from .plan import Plan
 from .record import Denoise, Read, calibrate
@@ -77,7 +79,7 @@ def learn_plan(
     read: Read,
     calibration: Calibration | None = None,
     guards: Guards | None = None,
-    orders: Sequence[int] = (0, 1, 2),
+    orders: Sequence[Order] = (0, 1, 2),
     images: int = 16,
     seed: int = 0,
     progress: bool = True,
@@ -91,7 +93,7 @@ def learn_plan(
         target: share of the calls to compute, in (0, 1].
         calibration: made before; left out, one is made.
         guards: that the plan keeps to.
-        orders: of the forecast, to choose from.
+        orders: forecasts to choose from, see `Plan.order`.
         budget: calls to spend in all, in dense runs of the calibration's images. The even plans are always judged.
 
     Raises:
@@ -123,7 +125,7 @@ def learn_plan(
     assert reference is not None
     spent += reference.calls
     judged: list[Judgement] = []
-    equal = [plan for plan in evens(calibration, target) if plan.order in orders and _keeps(plan, calibration, guards)]
+    equal = [plan for plan in evens(calibration, target, orders) if _keeps(plan, calibration, guards)]
     per_run = calls * len(seeds)
     for plan in (*equal, *candidates):
         if (
@@ -170,10 +172,11 @@ def _scaled(calibration: Calibration, judged: Sequence[Judgement], sizes: Floats
     Errors of forecasts of a high order are larger than priced where images are steered far: what is priced is a response to
     small errors.
     """
-    priced = np.array([predict(calibration, j.plan).mean() for j in judged])
-    logs = np.log(sizes / (priced + 1e-300) + 1e-300)
-    orders = np.array([j.plan.order for j in judged])
-    found = {int(order): float(np.exp(logs[orders == order].mean())) for order in np.unique(orders)}
+    logs: dict[Order, list[float]] = {}
+    for judgement, size in zip(judged, sizes, strict=True):
+        priced = float(predict(calibration, judgement.plan).mean())
+        logs.setdefault(judgement.plan.order, []).append(math.log(size / (priced + 1e-300) + 1e-300))
+    found = {order: math.exp(sum(own) / len(own)) for order, own in logs.items()}
     # Of an order that was not tried, nothing good is known.
     scale = [factor * found.get(order, max(found.values())) for order, factor in enumerate(calibration.scale)]
     return replace(calibration, scale=tuple(scale))

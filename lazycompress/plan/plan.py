@@ -1,7 +1,7 @@
 """A plan: which calls of one image compute, and what the others give.
 
-A call that computes nothing gives the polynomial through the last computed outputs of its image, at most `order + 1` of them:
-TaylorSeer's forecast (arXiv 2503.06923) of the model's output in place of every branch's.
+A call that computes nothing gives a forecast of the model's output, from the last computed ones of its image: one tensor in
+place of every branch's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
-
-#: Forecasts are of this order at most: noise in the outputs is multiplied by about 2 ** order.
-HIGHEST_ORDER = 2
+from .forecasts import HIGHEST_ORDER, Order, forecast_of
 
 
 @dataclass(frozen=True)
@@ -23,17 +21,18 @@ class Plan:
     Attributes:
         timesteps: of the calls, in their order; samplers of second order name one twice.
         computes: one for each call; the first of each stream is true.
-        order: of the forecast, 0 (the last output again), 1 or 2.
+        order: of the forecast's polynomial, 0 (the last output again), 1 or 2; or the name of a forecast of another package.
         streams: a number for each call. Calls of one image under different conditions, as guidance in two calls makes them,
             differ in it; a call is forecast from computed ones of its own stream. Left out, all calls are of stream 0.
 
     Raises:
-        InputError: the lengths differ, a timestep is not finite, the first call does not compute, or there is no such order.
+        InputError: the lengths differ, a timestep is not finite, the first call does not compute, or there is no such
+            forecast.
     """
 
     timesteps: tuple[float, ...]
     computes: tuple[bool, ...]
-    order: int = 2
+    order: Order = 2
     streams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -46,7 +45,9 @@ class Plan:
             raise InputError("a plan's timesteps are finite numbers; one was not")
         if not self.computes[0]:
             raise InputError("the first call of a plan computes: there is nothing to forecast from before it")
-        if self.order not in range(HIGHEST_ORDER + 1):
+        if isinstance(self.order, str):
+            _ = forecast_of(self.order)
+        elif self.order not in range(HIGHEST_ORDER + 1):
             raise InputError(f"a plan's forecast has order 0, 1 or 2; there was {self.order!r}")
         if not self.streams:
             object.__setattr__(self, "streams", (0,) * len(self.timesteps))
@@ -66,6 +67,20 @@ class Plan:
         """Computed share of the calls, in (0, 1]."""
         return sum(self.computes) / len(self.computes)
 
+    @property
+    def polynomial(self) -> int:
+        """The order of the forecast, for those who compute polynomials alone.
+
+        Raises:
+            InputError: it is none.
+        """
+        if isinstance(self.order, str):
+            raise InputError(
+                f"the plan forecasts by {self.order!r}, which only calls of the module itself do: graphs and files take "
+                "forecasts of order 0, 1 and 2"
+            )
+        return self.order
+
 
 def stream_of(plan: Plan, stream: int) -> Plan:
     """The calls of one stream of a plan; of its last one, if it has fewer."""
@@ -79,44 +94,9 @@ def dense(timesteps: Sequence[float]) -> Plan:
     return Plan(tuple(timesteps), (True,) * len(timesteps))
 
 
-def even(timesteps: Sequence[float], share: float, order: int = 2) -> Plan:
+def even(timesteps: Sequence[float], share: float, order: Order = 2) -> Plan:
     """The plan that computes calls as evenly spread as they go, the first among them: at most `share` of them."""
     calls = len(timesteps)
     computed = max(1, math.floor(share * calls + 1e-9))
     chosen = {k * calls // computed for k in range(computed)}
     return Plan(tuple(timesteps), tuple(k in chosen for k in range(calls)), order)
-
-
-def forecast(past: Sequence[float], at: float, order: int) -> list[tuple[int, float]]:
-    """What a call that computes nothing gives: which computed outputs of its stream weigh how much.
-
-    The polynomial through the last outputs at `order + 1` different times, or as many as there are. Of several at one time,
-    as samplers of second order make them, the last one counts.
-
-    Args:
-        past: timesteps of the computed calls of the stream so far, oldest first; at least one.
-        at: the timestep of the call.
-        order: see `Plan`.
-
-    Returns:
-        Pairs of a position in `past` and a weight, the latest output first.
-    """
-    points: list[int] = []
-    for k in range(len(past) - 1, -1, -1):
-        if all(past[k] != past[p] for p in points):
-            points.append(k)
-        if len(points) == order + 1:
-            break
-    return list(zip(points, lagrange([past[p] for p in points], at), strict=True))
-
-
-def lagrange(times: Sequence[float], at: float) -> list[float]:
-    """Weights of values at `times`, all different, in the polynomial through them at `at` (Lagrange's form)."""
-    found = []
-    for i, own in enumerate(times):
-        weight = 1.0
-        for j, other in enumerate(times):
-            if i != j:
-                weight *= (at - other) / (own - other)
-        found.append(weight)
-    return found

@@ -11,12 +11,14 @@ their own, so that they cannot be counted on to cancel: the windows `phi_r`, who
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from .calibration import Calibration, Floats
-from .plan import HIGHEST_ORDER, Plan
+from .forecasts import HIGHEST_ORDER, Order, forecast_of, weights_of
+from .plan import Plan
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -65,15 +67,19 @@ class Pricing:
         """Mean squared error of the final latents: float64 [B]."""
         return np.asarray(self.error(np.array([plan.computes]), plan.order)[0])
 
-    def error(self, computes: Bools, order: int) -> Floats:
+    def error(self, computes: Bools, order: Order) -> Floats:
         """Of plans bool [M, T]: float64 [M], or [M, B] for a Gram matrix of each image."""
         shifts = self.shifts(computes, order)
         if self.gram.ndim == 2:
-            return np.asarray(((shifts @ self.gram) * shifts).sum(axis=(1, 2)).clip(0.0) * self.scale[order])
+            return np.asarray(((shifts @ self.gram) * shifts).sum(axis=(1, 2)).clip(0.0) * self._scale(order))
         each = [((shifts @ gram) * shifts).sum(axis=(1, 2)) for gram in self.gram]
-        return np.asarray(np.stack(each, axis=1).clip(0.0) * self.scale[order])
+        return np.asarray(np.stack(each, axis=1).clip(0.0) * self._scale(order))
 
-    def shifts(self, computes: Bools, order: int) -> Floats:
+    def _scale(self, order: Order) -> float:
+        """Of polynomials: a forecast of another package has none to be told from."""
+        return 1.0 if isinstance(order, str) else self.scale[order]
+
+    def shifts(self, computes: Bools, order: Order) -> Floats:
         """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""
         many, calls = computes.shape
         windows = _windows(calls, self.windows)
@@ -90,15 +96,15 @@ class Pricing:
         return np.asarray(found.reshape(-1, many, calls).swapaxes(0, 1) - weighted)
 
 
-def points_of(computes: Bools, timesteps: Floats, order: int) -> tuple[list[Ints], list[Floats]]:
-    """The computed calls that each call is made of, and their weights: what `plan.forecast` says, for many plans at once.
+def points_of(computes: Bools, timesteps: Floats, order: Order) -> tuple[list[Ints], list[Floats]]:
+    """The computed calls that each call is made of, and their weights: what `forecast` says, for many plans at once.
 
     Args:
         computes: of calls of one stream, bool [M, n].
         timesteps: of these calls, float64 [n].
 
     Returns:
-        For each of `order + 1` points: positions int64 [M, n], -1 where there is none, and weights float64 [M, n].
+        For each of the forecast's points: positions int64 [M, n], -1 where there is none, and weights float64 [M, n].
     """
     calls = len(timesteps)
     last = np.maximum.accumulate(np.where(computes, np.arange(calls), -1), axis=1)
@@ -106,10 +112,12 @@ def points_of(computes: Bools, timesteps: Floats, order: int) -> tuple[list[Ints
     starts = np.concatenate([[True], timesteps[1:] != timesteps[:-1]])
     before = np.maximum.accumulate(np.where(starts, np.arange(calls), 0)) - 1
     points = [last]
-    for _ in range(order):
+    for _ in range(forecast_of(order).points - 1):
         at = np.where(points[-1] >= 0, before[points[-1]], -1)
         points.append(np.where(at >= 0, np.take_along_axis(last, np.maximum(at, 0), axis=1), -1))
     times = [timesteps[np.maximum(point, 0)] for point in points]
+    if isinstance(order, str):
+        return points, _weights_one_by_one(points, times, timesteps, order)
     weights = []
     for i, point in enumerate(points):
         weight = np.where(point >= 0, 1.0, 0.0)
@@ -120,6 +128,24 @@ def points_of(computes: Bools, timesteps: Floats, order: int) -> tuple[list[Ints
                 weight = weight * np.where(use, (timesteps - times[j]) / gap, 1.0)
         weights.append(weight)
     return points, weights
+
+
+def _weights_one_by_one(points: list[Ints], times: list[Floats], timesteps: Floats, order: str) -> list[Floats]:
+    """The weights of `points_of` for a forecast that only says them for one call at a time."""
+    counts = np.stack([point >= 0 for point in points]).sum(axis=0)
+    at = np.stack(times, axis=-1)
+    found = np.zeros(at.shape)
+    for m, call in np.argwhere(counts).tolist():
+        if points[0][m, call] == call:
+            found[m, call, 0] = 1.0  # it computes
+        else:
+            known = at[m, call, : counts[m, call]]
+            found[m, call, : len(known)] = _weights(order, tuple(known.tolist()), float(timesteps[call]))
+    return [found[..., k] for k in range(len(points))]
+
+
+#: A search asks for the same weights again and again.
+_weights = lru_cache(maxsize=1 << 16)(weights_of)
 
 
 def _windows(calls: int, count: int) -> Floats:

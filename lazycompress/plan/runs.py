@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..sampling import Sampler
+from .forecasts import Order, forecast, forecast_of
 from .outputs import first_of, with_first
-from .plan import Plan, forecast
+from .plan import Plan
 
 
 class Reading(NamedTuple):
@@ -115,13 +116,14 @@ class Followed:
             return forecast_output(past, timestep, plan.order)
         output = self._denoise(*args, **kwargs)
         _ = finite(output, call, timestep)
-        past[:] = [(t, y) for t, y in past if t != timestep][-plan.order :] if plan.order else []
+        kept = forecast_of(plan.order).points - 1
+        past[:] = [(t, y) for t, y in past if t != timestep][-kept:] if kept else []
         past.append((timestep, output))
         self.calls += 1
         return output
 
 
-def forecast_output(past: Sequence[tuple[float, Any]], timestep: float, order: int) -> Any:
+def forecast_output(past: Sequence[tuple[float, Any]], timestep: float, order: Order) -> Any:
     """The forecast of an output from earlier ones (timestep, output), oldest first; second outputs are the last's."""
     weights = forecast([t for t, _ in past], timestep, order)
     value = first_of(past[-1][1])

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..errors import InputError
 from .calibration import Calibration, Floats
+from .forecasts import HIGHEST_ORDER, Order, forecast_of
 from .move import Reach, moved
-from .plan import HIGHEST_ORDER, Plan, even
+from .plan import Plan, even
 from .price import Bools, Ints, Pricing
 
 __all__ = ["Guards", "Reach", "plan_for", "plans_for", "predict"]
@@ -57,7 +58,7 @@ def plan_for(
     *,
     streams: Sequence[int] | None = None,
     reach: Reach | None = None,
-    orders: Sequence[int] = (0, 1, 2),
+    orders: Sequence[Order] = (0, 1, 2),
     first: int = 1,
     last: int = 0,
     max_reuse: int = 8,
@@ -71,7 +72,7 @@ def plan_for(
         timesteps: of the calls to plan; left out, those of the calibration. The first call of each stream computes.
         streams: of these calls; left out, all are of one stream, or those of the calibration if the timesteps are its own.
         reach: of the sampler that makes them, see `reach_of`; left out, that of the calibration, by step size.
-        orders: of the forecast, to choose from.
+        orders: forecasts to choose from, see `Plan.order`.
         first, last: calls that compute at the beginning and at the end.
         max_reuse: calls in a row (of a stream) that compute nothing, at most; more only where the target leaves no choice.
         seed: of the search; the same arguments give the same plan.
@@ -93,7 +94,7 @@ def plans_for(
     calibration: Calibration,
     target: float,
     *,
-    orders: Sequence[int] = (0, 1, 2),
+    orders: Sequence[Order] = (0, 1, 2),
     guards: Guards | None = None,
     count: int = 1,
     seed: int = 0,
@@ -109,8 +110,11 @@ def plans_for(
     """
     if not 0 < target <= 1:
         raise InputError(f"target is a share of the calls, above 0 and at most 1; there was {target!r}")
-    if not orders or not set(orders) <= set(range(HIGHEST_ORDER + 1)):
+    named = [order for order in orders if isinstance(order, str)]
+    if not orders or not set(orders) <= {*range(HIGHEST_ORDER + 1), *named}:
         raise InputError(f"orders of the forecast are 0, 1 and 2; there were {list(orders)}")
+    for name in named:
+        _ = forecast_of(name)
     guards = guards or Guards()
     streams = np.array(calibration.streams, dtype=np.int64)
     calls = len(streams)
@@ -123,8 +127,8 @@ def plans_for(
         )
     pricing = Pricing.of(calibration).mean()
     rng = np.random.default_rng(seed)
-    found: list[tuple[float, int, Bools]] = []
-    for order in sorted(set(orders)):
+    found: list[tuple[float, Order, Bools]] = []
+    for order in sorted(set(orders), key=str):
         start = _begin(calibration, target, computed, order, fixed)
         found += [
             (error, order, plan) for error, plan in _Search(pricing, order, fixed, streams, guards, rng).run(start)
@@ -132,7 +136,7 @@ def plans_for(
     found.sort(key=lambda entry: entry[0])
     first = {id(next(entry for entry in found if entry[1] == order)) for order in set(orders)}
     found.sort(key=lambda entry: id(entry) not in first)  # stable: each part stays in its order
-    chosen: list[tuple[float, int, Bools]] = []
+    chosen: list[tuple[float, Order, Bools]] = []
     for entry in found:
         if all((entry[2] != other[2]).sum() > 2 for other in chosen if other[1] == entry[1]):
             chosen.append(entry)
@@ -144,7 +148,7 @@ def plans_for(
     ]
 
 
-def evens(calibration: Calibration, target: float, orders: Sequence[int] = (0, 1, 2)) -> list[Plan]:
+def evens(calibration: Calibration, target: float, orders: Sequence[Order] = (0, 1, 2)) -> list[Plan]:
     """Even plans of a calibration's calls, at most at this share, one for each order: every stream by itself."""
     found = []
     for order in orders:
@@ -165,7 +169,7 @@ def _fixed(streams: Ints, guards: Guards) -> Bools:
     return np.asarray(fixed)
 
 
-def _begin(calibration: Calibration, target: float, computed: int, order: int, fixed: Bools) -> Bools:
+def _begin(calibration: Calibration, target: float, computed: int, order: Order, fixed: Bools) -> Bools:
     """The even plan, with the calls that always compute, and as many as may be computed."""
     (plan,) = evens(calibration, target, (order,))
     computes = np.array(plan.computes) | fixed
@@ -183,7 +187,7 @@ class _Search:
     """Chains that exchange a computed call for another one, and by and by accept less of what is worse (annealing)."""
 
     def __init__(
-        self, pricing: Pricing, order: int, fixed: Bools, streams: Ints, guards: Guards, rng: np.random.Generator
+        self, pricing: Pricing, order: Order, fixed: Bools, streams: Ints, guards: Guards, rng: np.random.Generator
     ) -> None:
         self._pricing, self._order, self._fixed, self._rng = pricing, order, fixed, rng
         self._own = [np.flatnonzero(streams == stream) for stream in np.unique(streams)]

@@ -203,6 +203,7 @@ def _new_gates(lazy: LazyModel, recipe: Recipe, excluded: list[int], timesteps: 
     grid = torch.tensor(clock_times(lazy, timesteps))
     gates = Gates([b.name for b in lazy.branches], [b.width for b in lazy.branches], grid, direction)
     gates.phase.copy_(lazy.gates.phase.cpu())
+    gates.kind = recipe.train.gate
     steps = len(timesteps)
     allowed = torch.ones(steps, len(lazy.branches), dtype=torch.bool)
     allowed[: recipe.guards.warmup_steps] = False

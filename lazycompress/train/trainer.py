@@ -129,9 +129,9 @@ def train_gates(lazy: LazyModel, sampler: Sampler, recipe: Recipe, *, progress: 
     budgets = [Budget.of(lazy.branches, target, recipe.guards.kind_targets) for target in recipe.targets]
     group = Group.find()
     with own_noise(), progress_bar(effort.total(len(budgets)), "run", progress and group.main) as bar:
-        if (int(lazy.gates.order), int(lazy.gates.static)) != (recipe.forecast, 1):
+        if (int(lazy.gates.order), int(lazy.gates.static)) != (recipe.polynomial, 1):
             # Of the form that they will have: static gates read no streams for scores that nobody asks for here.
-            lazy.set_gates(lazy.gates.like(order=recipe.forecast, static=1))
+            lazy.set_gates(lazy.gates.like(order=recipe.polynomial, static=1))
         calls = tell_calls_apart(lazy, sampler)
         check_memory(lazy, sampler, recipe, sum(map(len, calls)), group)
         checkpoint = Checkpoint(recipe.train.checkpoint, about(lazy, recipe, calls[0]), group.main)

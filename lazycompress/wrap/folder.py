@@ -53,7 +53,7 @@ class Options:
             InputError: they are no denoiser's, or a plan that no file can follow.
         """
         roles = find_roles(inputs, outputs, self.timestep_input, self.moving)
-        return Controller(Timetable.of(self.plan), self.plan.order, self.streams, roles, tuple(outputs))
+        return Controller(Timetable.of(self.plan), self.plan.polynomial, self.streams, roles, tuple(outputs))
 
 
 def wrap(

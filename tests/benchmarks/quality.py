@@ -267,7 +267,7 @@ def measure_cost(case: Case, rows: list[Path]) -> None:
     lazy = lazycompress.apply(
         model, case.recipe, overrides={"units": "branches", "train.enabled": False}, progress=False
     )
-    lazy.set_gates(lazy.gates.like(order=lazy.recipe.forecast, static=1))
+    lazy.set_gates(lazy.gates.like(order=lazy.recipe.polynomial, static=1))
     found = per_step(case, model, lazy)
     print(f"{case.name}: a step of a training run takes {found:.2f} times as long as a dense forward pass", flush=True)
     for path in rows:

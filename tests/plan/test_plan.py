@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazycompress.errors import InputError
-from lazycompress.plan.plan import Plan, dense, even, lagrange
+from lazycompress.plan.forecasts import lagrange
+from lazycompress.plan.plan import Plan, dense, even
 
 
 @given(calls=st.integers(1, 300), share=st.floats(0.01, 1.0))

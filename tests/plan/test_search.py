@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from lazycompress.errors import InputError
 from lazycompress.plan.calibration import Calibration
+from lazycompress.plan.forecasts import forecast
 from lazycompress.plan.frontier import frontier
 from lazycompress.plan.judge import judge
 from lazycompress.plan.learn import learn_plan
-from lazycompress.plan.plan import Plan, forecast
+from lazycompress.plan.plan import Plan
 from lazycompress.plan.price import Pricing, points_of
 from lazycompress.plan.record import calibrate
 from lazycompress.plan.search import evens, plan_for, predict

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lazycompress.plan.plan import Plan, lagrange
+from lazycompress.plan.forecasts import lagrange
+from lazycompress.plan.plan import Plan
 
 from .models import Arrays, Denoiser
 

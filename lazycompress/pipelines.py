@@ -1,0 +1,157 @@
+"""What is done with a whole pipeline, whatever kind it is of: diffusers', or one that another package brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import kinds
+from .errors import InputError
+from .lazy.usage import CallSummary
+from .recipe import Recipe
+from .report import Summary
+from .sampling import Sampler
+
+
+class Denoiser(Protocol):
+    """A lazy part of a pipeline: a `lazy.attach.Handle`, or a lazy model in the part's place."""
+
+    def reset(self) -> None: ...
+
+    def summary(self) -> Summary | CallSummary: ...
+
+    def set_target(self, target: float, timesteps: Tensor | None = None) -> float: ...
+
+
+class PipelineKind(Protocol):
+    """What some package calls a pipeline; a module, or an object."""
+
+    def owns(self, pipeline: Any) -> bool:
+        """Whether an object is one of these. Asked of any object at all, a module too: imports nothing heavy, and never fails."""
+        ...
+
+    def apply(
+        self,
+        pipeline: Any,
+        recipe: Recipe,
+        *,
+        sampler: Sampler | None,
+        call_kwargs: Mapping[str, Any] | None,
+        progress: bool,
+    ) -> Any:
+        """Make the denoisers of a pipeline lazy, see `lazycompress.apply`; after an error they are as they were.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            LazyCompressError: the recipe, or the pipeline, is at fault.
+        """
+        ...
+
+    def lazy_denoisers(self, pipeline: Any) -> Mapping[str, Denoiser]:
+        """The denoisers that are lazy, by name, in use or switched off; none before `apply`."""
+        ...
+
+    def switch(self, pipeline: Any, on: bool) -> None:
+        """Use the lazy denoisers, or the dense ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    """Reuse per denoiser since the last reset. `str()` gives a table for each."""
+
+    denoisers: Mapping[str, Summary | CallSummary]
+
+    def __getitem__(self, name: str) -> Summary | CallSummary:
+        return self.denoisers[name]
+
+    @property
+    def skip_ratio(self) -> float:
+        """Share of what could have been reused that was, over all denoisers."""
+        skipped = sum(summary.skip_ratio * summary.runs for summary in self.denoisers.values())
+        return skipped / max(sum(summary.runs for summary in self.denoisers.values()), 1)
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{name}\n{summary}" for name, summary in self.denoisers.items())
+
+
+def kind_of(pipeline: Any) -> PipelineKind | None:
+    """The kind of a pipeline: the first, by name, that owns it; diffusers' for what nobody owns; None for such a module.
+
+    Raises:
+        LazyCompressError: a kind cannot be imported.
+    """
+    for name in kinds.others("pipelines"):
+        kind: PipelineKind = kinds.find("pipelines", name)
+        if kind.owns(pipeline):
+            return kind
+    return None if isinstance(pipeline, nn.Module) else _diffusers()
+
+
+def lazy_parts(pipeline: Any) -> dict[str, Denoiser]:
+    """The lazy denoisers of a pipeline by name.
+
+    Raises:
+        InputError: it has none.
+    """
+    found = dict((kind_of(pipeline) or _diffusers()).lazy_denoisers(pipeline))
+    if not found:
+        raise InputError(f"{type(pipeline).__name__} is not lazy: call lazycompress.apply(pipe, recipe) first")
+    return found
+
+
+def disable(pipeline: Any) -> Any:
+    """Run the denoisers as they are; `enable` undoes it. Nothing happens where nothing is lazy."""
+    (kind_of(pipeline) or _diffusers()).switch(pipeline, False)
+    return pipeline
+
+
+def enable(pipeline: Any) -> Any:
+    """Use the lazy denoisers again.
+
+    Raises:
+        InputError: `lazycompress.apply` has not been called on this pipeline.
+    """
+    _ = lazy_parts(pipeline)
+    (kind_of(pipeline) or _diffusers()).switch(pipeline, True)
+    return pipeline
+
+
+def reset(pipeline: Any) -> Any:
+    """Forget images and statistics. Not needed between images: a new image is noticed."""
+    for lazy in lazy_parts(pipeline).values():
+        lazy.reset()
+    return pipeline
+
+
+def summary(pipeline: Any) -> PipelineSummary:
+    """What has been computed and what has not in each denoiser since the last `reset`."""
+    return PipelineSummary({name: lazy.summary() for name, lazy in lazy_parts(pipeline).items()})
+
+
+def set_target(pipeline: Any, target: float, timesteps: Sequence[float] | Tensor | None = None) -> Any:
+    """Set another budget on every lazy denoiser, without learning.
+
+    Args:
+        pipeline: a lazy one.
+        target: share that may be computed, in (0, 1].
+        timesteps: that the denoisers are going to be called at; left out, those that were learned at.
+
+    Raises:
+        LazyCompressError: the pipeline is not lazy, or this share cannot be.
+    """
+    for lazy in lazy_parts(pipeline).values():
+        own = torch.as_tensor(timesteps) if timesteps is not None else None
+        lazy.set_target(target, own)
+    return pipeline
+
+
+def _diffusers() -> PipelineKind:
+    found: PipelineKind = kinds.find("pipelines", "diffusers")
+    return found
