@@ -19,10 +19,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .api import apply, image, locate
-    from .export.folder import export
     from .graph.branch import Branch
     from .lazy.model import LazyModule
-    from .pipelines import disable, enable, reset, set_target, summary
+    from .pipelines import disable, enable, export, reset, set_target, summary
     from .recipe import Recipe
     from .runtime import LazyModel
     from .storage import load, save
@@ -37,7 +36,7 @@ for _name in ("export", "wrap"):
 _LAZY = {
     "apply": "api",
     "locate": "api",
-    "export": "export.folder",
+    "export": "pipelines",
     "Branch": "graph.branch",
     "disable": "pipelines",
     "enable": "pipelines",

@@ -212,11 +212,13 @@ def forecast(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], lazy: Tensor
 
     Args:
         fresh: [batch * scale, ...], what the model gave.
-        cache, rates: value, slope and half the curvature at the last call, each like `fresh`; of any sizes if none of it is
-            kept.
+        cache, rates: value, slope and half the curvature at the last call, as far as the order says, each like `fresh`; of any
+            sizes if none of it is kept.
         lazy: bool [batch]. pace: see there.
     """
     fresh, cache, rates = _alike(fresh, cache, rates)
+    if not rates:
+        return select(fresh, cache, lazy)
     step = per_row(pace, cache, scale)[0]
     moved = rates[0] if len(rates) == 1 else rates[0] + rates[1] * step
     return select(fresh, cache + moved * step, lazy)

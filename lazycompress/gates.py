@@ -38,8 +38,9 @@ class Gates(nn.Module):
         longest: how many steps of the grid one output may be reused for.
         static: 1 where the weights are left out: all samples at a timestep share one decision, and no stream is read for it.
         kind: how a branch is scored, see `kinds`; not looked at where gates are static.
+        holds: whether outputs are forecast at order 0 too: a call without computation gives the last output again.
         order: of the polynomial through the last computed outputs that a call without computation goes on along, 1 or 2; 0:
-            none, the caches give its output.
+            none, the caches give its output, unless the gates hold it.
     """
 
     grid: Tensor
@@ -57,6 +58,7 @@ class Gates(nn.Module):
         super().__init__()
         self.names = list(names)
         self.kind = "linear"
+        self.holds = False
         self.register_buffer("grid", grid.to(torch.float32).sort().values)
         self.register_buffer("threshold", torch.tensor(0.5))
         self.register_buffer("direction", torch.tensor(float(direction)))
@@ -92,10 +94,15 @@ class Gates(nn.Module):
         return gates.to(self.grid.device)
 
     @property
-    def form(self) -> tuple[int, int, str]:
-        """What another graph is needed for: order, static, and the kind of those that are not."""
+    def form(self) -> tuple[int, int, str, bool]:
+        """What another graph is needed for: order, static, the kind of those that are not, and whether outputs are forecast."""
         static = int(self.static)
-        return int(self.order), static, "" if static else self.kind
+        return int(self.order), static, "" if static else self.kind, self.forecasts
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether outputs are forecast where all branches reuse."""
+        return int(self.order) > 0 or self.holds
 
     @property
     def unit(self) -> float:
@@ -109,7 +116,7 @@ class Gates(nn.Module):
     @property
     def together(self) -> bool:
         """Whether all branches always decide alike, and outputs are forecast where they reuse."""
-        return int(self.static) > 0 and int(self.order) > 0 and bool((self.bias == self.bias[:1]).all())
+        return int(self.static) > 0 and self.forecasts and bool((self.bias == self.bias[:1]).all())
 
     @property
     def never(self) -> float:

@@ -63,6 +63,7 @@ class GatesCard(BaseModel):
     direction: int
     timestep_input: str | None = Field(max_length=1000)
     gate: GateName = "linear"
+    holds: bool = False
     branches: list[BranchEntry] = Field(min_length=1, max_length=BRANCHES)
     grid: list[Finite] = Field(min_length=1, max_length=POINTS)
     targets: list[Finite] = Field(max_length=POINTS)
@@ -122,7 +123,7 @@ def read_gates(folder: Path, card: GatesCard) -> Gates:
     gates = Gates([b.name for b in card.branches], [b.width for b in card.branches], tensors["grid"], card.direction)
     gates.frontier = torch.zeros_like(tensors["frontier"])
     gates.load_state_dict(tensors)
-    gates.kind = card.gate
+    gates.kind, gates.holds = card.gate, card.holds
     return gates
 
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from . import kinds
-from .errors import InputError
+from .errors import ExportError, InputError
+from .export.card import Granularity, Weights
+from .export.folder import export as export_model
+from .lazy.attach import Handle
+from .lazy.model import LazyModule
 from .lazy.usage import CallSummary
 from .recipe import Recipe
 from .report import Summary
+from .runtime import LazyModel
 from .sampling import Sampler
 
 
@@ -59,6 +65,17 @@ class PipelineKind(Protocol):
 
     def switch(self, pipeline: Any, on: bool) -> None:
         """Use the lazy denoisers, or the dense ones."""
+        ...
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A kind whose pipelines can be exported whole."""
+
+    def export_pipeline(
+        self, pipeline: Any, directory: str | Path, format: str | None, *, telemetry: bool | None, overwrite: bool
+    ) -> Path:
+        """Write a lazy pipeline, see `export`."""
         ...
 
 
@@ -150,6 +167,60 @@ def set_target(pipeline: Any, target: float, timesteps: Sequence[float] | Tensor
         own = torch.as_tensor(timesteps) if timesteps is not None else None
         lazy.set_target(target, own)
     return pipeline
+
+
+def export(
+    lazy: Any,
+    directory: str | Path,
+    format: str | None = None,
+    *,
+    telemetry: bool | None = None,
+    stateful: bool = True,
+    overwrite: bool = False,
+    weights: Weights = "f32",
+    decide: Granularity = "sample",
+    check: bool = True,
+) -> Path:
+    """Write a lazy model as a file, or a lazy pipeline as a folder, that skips by itself.
+
+    Args:
+        lazy: a model with a plan or with gates, or the denoiser of a lazy pipeline, under any policy; the file always follows
+            them. Or a lazy pipeline, whole.
+        directory: where to; written whole or not at all.
+        format: "openvino" (caches as state), "onnx" (caches as inputs and outputs), or that of another package; None: the
+            recipe's, or that of the files that a pipeline runs in.
+        telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
+        stateful: of a model in OpenVINO only: caches as state; else as inputs `past_*` and outputs `present_*`.
+        overwrite: replace a folder that an export wrote before.
+        weights: of a model only: "f32", "f16" or "bf16", how float32 weights are stored; they compute as the runtime's
+            precision says.
+        decide: of a model only: "sample" (each sample of a batch decides for itself), or "batch" (a branch runs for all if any
+            needs it).
+        check: of a model only: run the file on recorded calls and write how it compares with torch; `verify` needs the
+            record. Loads the written model once.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the model or the pipeline is not lazy.
+        ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
+        MissingExtraError: the format's packages are not installed.
+    """
+    kind = None if isinstance(lazy, LazyModel | LazyModule | Handle) else kind_of(lazy)
+    if kind is None:
+        return export_model(
+            lazy, directory, format, telemetry=telemetry, stateful=stateful, overwrite=overwrite, weights=weights,
+            decide=decide, check=check,
+        )  # fmt: skip
+    _ = lazy_parts(lazy)
+    if (stateful, weights, decide, check) != (True, "f32", "sample", True):
+        raise ExportError(
+            "stateful, weights, decide and check are for models: export the pipeline's denoiser with them"
+        )
+    if not isinstance(kind, Exports):
+        raise ExportError(f"{type(lazy).__name__} is of a kind that is not exported whole: export its denoisers")
+    return kind.export_pipeline(lazy, directory, format, telemetry=telemetry, overwrite=overwrite)
 
 
 def _diffusers() -> PipelineKind:

@@ -85,6 +85,7 @@ def write_gates(lazy: LazyModel, folder: Path) -> None:
         "direction": int(lazy.gates.direction),
         "timestep_input": lazy.timestep_input,
         "gate": lazy.gates.kind,
+        "holds": lazy.gates.holds,
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
         "grid": lazy.gates.grid.tolist(),
         "targets": frontier_of(lazy),

@@ -48,7 +48,7 @@ def export_pipeline(
     directory: str | Path,
     format: str | None = None,
     *,
-    telemetry: bool = False,
+    telemetry: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a lazy pipeline as a folder that skips by itself; images have the size that the gates were learned for.
@@ -60,7 +60,8 @@ def export_pipeline(
         directory: where to; written whole or not at all.
         format: "openvino", "onnx", or that of another package; None: that of the pipeline's own files, or for one in torch
             the recipe's.
-        telemetry: add an output with the decisions of each step to the denoiser's file.
+        telemetry: add an output with the decisions of each step to the denoiser's file; None: the recipe's, which a pipeline
+            that runs in files does without.
         overwrite: replace a folder that was exported before.
 
     Returns:
@@ -77,9 +78,10 @@ def export_pipeline(
         _ = runtime_of(format)
     parts = {name: part for name, part in found.items() if isinstance(part, PartHandle)}
     if parts:
-        return _wrapped(pipeline, parts, Path(directory), format, telemetry, overwrite)
-    recipe = next(iter(found.values())).recipe
-    format = format or (recipe.export.format if recipe is not None else "openvino")
+        return _wrapped(pipeline, parts, Path(directory), format, bool(telemetry), overwrite)
+    recipe = next(iter(found.values())).recipe or Recipe()
+    format = format or recipe.export.format
+    telemetry = recipe.export.telemetry if telemetry is None else telemetry
     lazy = {name: _graph(part) for name, part in found.items()}
     with whole_folder(target, EXPORT, overwrite) as folder:
         disable(pipeline)

@@ -8,6 +8,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from . import pipelines
+from .export import export_pipeline
+
+__all__ = ["apply", "export_pipeline", "lazy_denoisers", "owns", "switch"]
 
 apply, switch = pipelines.apply_to_pipeline, pipelines.switch
 

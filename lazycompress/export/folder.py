@@ -32,7 +32,7 @@ _COMPOSED = 5e-2
 
 
 def export(
-    lazy: LazyModel | LazyModule | Handle | nn.Module | Any,
+    lazy: LazyModel | LazyModule | Handle | nn.Module,
     directory: str | Path,
     format: str | None = None,
     *,
@@ -67,11 +67,6 @@ def export(
         ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
         MissingExtraError: the format's packages are not installed.
     """
-    if not isinstance(lazy, LazyModel | LazyModule | Handle | nn.Module):
-        from ..integrations.diffusers import export_pipeline
-
-        folder: Path = export_pipeline(lazy, directory, format, telemetry=bool(telemetry), overwrite=overwrite)
-        return folder
     lazy = lazy_of(lazy)
     recipe = lazy.recipe
     format = format or (recipe.export.format if recipe is not None else "openvino")

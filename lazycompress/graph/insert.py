@@ -156,7 +156,7 @@ def insert_gates(
     results = list(next(node for node in source.nodes if node.op == "output").args[0])
     found = [_forecast_spec(node, batch, captured.sizes.symbols) for node in results]
     ahead = {position: spec for position, spec in enumerate(found) if spec is not None}
-    for word in FORECAST[: 1 + order] if order else ():
+    for word in FORECAST[: 1 + order] if gates.forecasts else ():
         state += [replace(spec, name=f"past_{word}_{position}") for position, spec in ahead.items()]
 
     graph = fx.Graph()
@@ -284,7 +284,7 @@ def insert_gates(
         graph.call_function(_ops.times, (now, past[2], valid, stacked, gates.never)),
         *(chosen[key] for key in streams),
     ]
-    if order:
+    if gates.forecasts:
         whole = graph.call_function(torch.ops.aten.all.dim, (stacked, 0))
         pace = graph.call_function(_ops.pace, (elapsed, valid, gates.unit))
         values: list[fx.Node] = []

@@ -66,6 +66,7 @@ def gates_of(plan: Plan, branches: Sequence[Branch]) -> Gates:
         [b.name for b in branches], [b.width for b in branches], torch.tensor([t for t, _ in order]), int(direction)
     )
     gates.order.fill_(plan.polynomial)
+    gates.holds = True
     gates.static.fill_(1)
     gates.phase.fill_(phase)
     reuse = torch.tensor([not computes for _, computes in order]).expand(len(branches), -1)

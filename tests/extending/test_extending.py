@@ -195,7 +195,7 @@ def _scores(lazy: LazyModel) -> Tensor:
 
     inputs = {"hidden_states": draw_noise(3, 1), "timestep": torch.full((3,), 500), "class_labels": torch.arange(3)}
     lazy.reset()
-    with lazy.controlled(keep), torch.no_grad():
+    with lazy.programs.controlled(keep), torch.no_grad():
         lazy(**inputs)
     lazy.reset()
     return torch.stack([found[k] for k in sorted(found)])

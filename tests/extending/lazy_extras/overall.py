@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from lazycompress.errors import ComposeError
-from lazycompress.graph.locate import Branch
+from lazycompress.graph.branch import Branch
 from lazycompress.recipe import Prune
 from lazycompress.sampling import Sampler
 
