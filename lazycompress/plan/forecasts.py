@@ -68,7 +68,7 @@ def forecast_of(order: Order) -> Forecast:
     Raises:
         InputError: there is none, or what there is says nothing of its points.
     """
-    found: Forecast = kinds.find("forecasts", str(order))
+    found: Forecast = kinds.find("forecasts", order if isinstance(order, str) else str(int(order)))
     points = getattr(found, "points", None)
     if type(points) is not int or points < 1 or not callable(getattr(found, "weights", None)):
         raise InputError(f"the forecast {order!r} has to have points, 1 or more of them, and weights(times, at)")

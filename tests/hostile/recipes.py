@@ -267,7 +267,7 @@ TRIES = [
     key("prune.heads", float("nan"), "finite"),
     key("prune.finetune_steps", -1, "greater than or equal to 0"),
     key("prune.learning_rate", 0, "greater than 0"),
-    key("export.format", "gguf", "'openvino' or 'onnx'"),
+    key("export.format", "gguf", "no export format 'gguf'; there are 'openvino', 'onnx'"),
     key("export.telemetry", 7, "valid boolean"),
     key("order", "quantize_train", "needs a quantize section"),
     # overrides
@@ -305,7 +305,11 @@ TRIES = [
     shell("an unknown command", ["compress"], "invalid choice: 'compress'"),
     shell("an unknown option", ["recipes", "--everything"], "unrecognized arguments: --everything"),
     shell("locate without a model", ["locate"], "the following arguments are required: --model"),
-    shell("a format that is none", ["export", "--model", "m", "--format", "gguf", "out"], "invalid choice: 'gguf'"),
+    shell(
+        "a format that is none",
+        ["export", "--model", "m", "--format", "gguf", "out"],
+        "no export format 'gguf'; there are 'openvino', 'onnx'",
+    ),
     shell("a recipe that is not there", ["recipes", "nope"], "no recipe 'nope'"),
     shell("a recipe with a long name", ["recipes", "x" * 5000], "no recipe 'xxx"),
     shell("a recipe that is a folder", ["locate", "--model", "m", "--recipe", "/"], "is a folder"),
