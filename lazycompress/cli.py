@@ -127,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", help="print this recipe")
     recipes.add_argument("--reference", action="store_true", help="print the reference as Markdown")
 
-    demo = command("demo", _demo, "learn, export, sample and compare on the bundled model")
+    demo = command("demo", _demo, "learn, export, draw and compare on the bundled pipeline")
     demo.add_argument("directory", type=Path, help="where to write")
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
-    demo.add_argument("--images", type=_count, default=2000, help="images per way of sampling (default: 2000)")
+    demo.add_argument("--images", type=_count, default=48, help="pictures of each way of drawing (default: 48)")
     return parser
 
 
@@ -388,7 +388,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .integrations.digits.demo import run_demo
+    from .integrations.emoji.demo import run_demo
 
     rows = run_demo(options.directory, options.images, overwrite=options.overwrite)
     if options.json:

@@ -65,12 +65,17 @@ def generate(
     steps: int = 28,
     seed: int = 0,
     batch: int = 16,
+    title: str = "",
 ) -> torch.Tensor:
-    """Pictures ``[N, 3, 32, 32]`` in ``0..1``; the noise of each only depends on the seed and its place."""
+    """Pictures ``[N, 3, 32, 32]`` in ``0..1``; the noise of each only depends on the seed and its place.
+
+    The bar has the title, or says guidance and steps.
+    """
     noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
 
     def parts() -> Iterator[torch.Tensor]:
-        for start in tqdm(range(0, len(prompts), batch), desc=f"guidance {guidance:g}, {steps} steps", unit="batch"):
+        said = title or f"guidance {guidance:g}, {steps} steps"
+        for start in tqdm(range(0, len(prompts), batch), desc=said, unit="batch"):
             call: Any = pipeline
             yield call(
                 list(prompts[start : start + batch]),

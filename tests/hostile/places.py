@@ -11,8 +11,8 @@ from typing import Any
 
 import lazycompress
 from lazycompress.files import write_file
-from lazycompress.integrations.digits.demo import run_demo
 from lazycompress.integrations.digits.model import WEIGHTS_DIR
+from lazycompress.integrations.emoji.demo import run_demo
 from lazycompress.places import DEMO, EXPORT, GATES, Kind, seal, whole_folder
 
 from . import made

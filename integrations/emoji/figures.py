@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,31 +12,28 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _DPI = 150
-_GAP = 1  # pixels of background between two cells
 
 
-def image_grid(path: Path, sets: Mapping[str, torch.Tensor], rows: int, cols: int) -> None:
-    """Writes a PNG with sets of images side by side: image ``i`` of every set is in the same cell of its panel.
+def labelled_grid(path: Path, rows: Mapping[str, torch.Tensor], columns: Sequence[str]) -> None:
+    """Writes pictures as a PNG, a row for each way of making them and a column for each prompt.
 
     Args:
-        path: the file to write; its folder is made.
-        sets: title -> images ``[N, 1, H, W]`` in ``[-1, 1]`` (clamped); the first ``rows * cols`` of them are drawn.
-        rows: cells from top to bottom.
-        cols: cells from left to right.
-
-    Raises:
-        ValueError: there is no set, ``rows`` or ``cols`` is below 1, or a set has too few images or another shape.
+        path: the file to write.
+        rows: title -> pictures ``[N, 3, H, W]`` in ``0..1``.
+        columns: N titles; long ones are broken.
     """
-    if not sets or rows < 1 or cols < 1:
-        raise ValueError(f"Nothing to draw: {len(sets)} sets in {rows} x {cols} cells.")
-    panel_width = max(0.36 * cols, 0.09 * max(map(len, sets))) + 0.3  # no narrower than its title
-    figure = Figure(figsize=(len(sets) * panel_width, 0.36 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(1.1 * len(columns) + 1.6, 1.1 * len(rows) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(sets), squeeze=False)[0]
-    for axes, (title, images) in zip(panels, sets.items(), strict=True):
-        axes.imshow(_tile(title, images, rows, cols), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
-        axes.set_axis_off()
+    cells = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (title, images) in zip(cells, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=True):
+            axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        line[0].set_ylabel(textwrap.fill(title, 16), rotation=0, ha="right", va="center", fontsize=8)
+    for axes, title in zip(cells[0], columns, strict=True):
+        axes.set_title(textwrap.fill(title, 15), fontsize=7)
     _save(figure, path)
 
 
@@ -81,19 +79,6 @@ def reuse_heatmap(
     axes.set_title(f"{title}\noverall {shares.mean():.1%}", fontsize=10)
     figure.colorbar(image, ax=axes, label="reused")
     _save(figure, path)
-
-
-def _tile(title: str, images: torch.Tensor, rows: int, cols: int) -> np.ndarray:
-    """One picture ``[rows * (H + gap) - gap, cols * (W + gap) - gap]`` out of ``rows * cols`` images."""
-    if images.ndim != 4 or images.shape[1] != 1 or len(images) < rows * cols:
-        raise ValueError(f"{title!r}: expected at least {rows * cols} images [N, 1, H, W], got {list(images.shape)}.")
-    height, width = images.shape[2:]
-    cells = images[: rows * cols, 0].detach().float().clamp(-1, 1).cpu()
-    # NaN is drawn in the figure's background colour, so that black images keep a visible border.
-    padded = torch.full((rows, cols, height + _GAP, width + _GAP), float("nan"))
-    padded[:, :, :height, :width] = cells.reshape(rows, cols, height, width)
-    picture = padded.permute(0, 2, 1, 3).reshape(rows * (height + _GAP), cols * (width + _GAP))
-    return picture[:-_GAP, :-_GAP].numpy()
 
 
 def _save(figure: Figure, path: Path) -> None:
