@@ -31,7 +31,8 @@ from ...lazy.attach import Handle, PartHandle
 from ...lazy.convert import graph_of
 from ...pipelines import disable, enable
 from ...places import EXPORT, check_place, seal, whole_folder
-from ...recipe import Recipe, load_recipe
+from ...recipe import Recipe
+from ...recipe_loading import load_recipe
 from ...wrap.folder import wrap
 from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
