@@ -35,6 +35,8 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/typed/lazycompress
+	ln -sfn ../../../integrations build/typed/lazycompress/integrations
 	$(BIN)/mypy
 
 bench: $(STAMP)

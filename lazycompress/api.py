@@ -20,7 +20,8 @@ from .lazy.scopes import scope_of
 from .models import evaluating, signature_of
 from .noise import own_noise
 from .pipelines import kind_of, lazy_parts
-from .recipe import IgnoredScope, Recipe, load_recipe
+from .recipe import IgnoredScope, Recipe
+from .recipe_loading import load_recipe
 from .rehearsal import rehearse
 from .runtime import LazyModel
 from .sampling import Sampler, build_inputs, build_sampler, checked, first_call

@@ -153,7 +153,7 @@ def _format(text: str) -> str:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    from .recipe import load_recipe
+    from .recipe_loading import load_recipe
 
     return load_recipe(options.recipe, overrides(options.set))
 
@@ -372,7 +372,7 @@ def _summary(options: argparse.Namespace) -> None:
 
 
 def _recipes(options: argparse.Namespace) -> None:
-    from .recipe import load_recipe, shipped_recipes
+    from .recipe_loading import load_recipe, shipped_recipes
     from .recipe_reference import reference
 
     if options.reference:

@@ -16,7 +16,8 @@ from .errors import ExportError
 from .files import TensorEntry, checked, kind_of, read_json, read_tensors, tensor_entries
 from .gates import Gates
 from .graph.call import Call
-from .recipe import GateName, Recipe, load_recipe
+from .recipe import GateName, Recipe
+from .recipe_loading import load_recipe
 
 GATES_FILE = "gates.safetensors"
 DESCRIPTION_FILE = "gates.json"

@@ -67,7 +67,8 @@ def test_the_wheel_holds_the_package_the_shim_and_nothing_else(wheel: Path) -> N
 def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import lazycompress, lazycompress.integrations.digits.model as m; from lazycompress.recipe import shipped_recipes; "
+        "import lazycompress, lazycompress.integrations.digits.model as m; "
+        "from lazycompress.recipe_loading import shipped_recipes; "
         "print(lazycompress.__file__, len(shipped_recipes()), type(m.load_bundled()).__name__)"
     )
     done = subprocess.run(

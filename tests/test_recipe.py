@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazycompress import LazyCompressError, Recipe
-from lazycompress.recipe import load_recipe, shipped_recipes
+from lazycompress.recipe_loading import load_recipe, shipped_recipes
 from lazycompress.sampling import build_sampler
 
 

@@ -10,10 +10,10 @@ try:
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("diffusers", "train", "a diffusers pipeline") from _error
 
-from .export import INDEX_FILE, export_folder, export_pipeline, load_pipeline, local_folder, optimum_knows
+from .export import export_folder, export_pipeline, load_pipeline, local_folder, optimum_knows
 from .exported import ExportedDenoiser, exported_summary, load_exported
 from .graph import LazyDenoiser
-from .loading import load_denoiser
+from .loading import INDEX_FILE, load_denoiser
 from .pipelines import apply_to_pipeline, denoisers, example_calls, lazy_denoisers, load_lazy, set_policy
 
 __all__ = [

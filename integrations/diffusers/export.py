@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...errors import ExportError, InputError, MissingExtraError
 from ...export.card import read_card
@@ -31,7 +31,8 @@ from ...lazy.attach import Handle, PartHandle
 from ...lazy.convert import graph_of
 from ...pipelines import disable, enable
 from ...places import EXPORT, check_place, seal, whole_folder
-from ...recipe import Recipe, load_recipe
+from ...recipe import Recipe
+from ...recipe_loading import load_recipe
 from ...wrap.folder import wrap
 from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
@@ -185,7 +186,9 @@ def load_pipeline(folder: str | Path) -> Any:
     check_index(path_of(folder, "model", InputError))
     try:
         with no_bars():
-            return DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, torch_dtype=torch.float32)
+            return cast(Any, DiffusionPipeline).from_pretrained(
+                str(folder), local_files_only=True, torch_dtype=torch.float32
+            )
     except Exception as error:  # of many classes: whatever a part's own loader meets in its files
         raise InputError(f"{folder}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -95,7 +95,9 @@ def load_exported(folder: str | Path) -> Any:
     check_index(path)
     try:
         with no_bars():
-            parts = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, **dict.fromkeys(shells))
+            parts = cast(Any, DiffusionPipeline).from_pretrained(
+                str(path), local_files_only=True, **dict.fromkeys(shells)
+            )
     except Exception as error:  # of many classes: whatever a part's own loader meets in its files
         said = " ".join(str(error).split())[:300]
         raise ExportError(f"{path}: diffusers does not load it: {said}; verify tells which file was changed") from error

@@ -21,7 +21,7 @@ from .sampling import Arguments, learning_sampler
 GATES_FOLDER = "lazy"
 
 
-class LazyDenoiser(LazyModel, ModelMixin):  # type: ignore[misc]
+class LazyDenoiser(LazyModel, ModelMixin):
     """A lazy model that diffusers takes for one of its own: pipelines save it, move it and ask for its config.
 
     `save_pretrained` writes the dense model, and the gates into `lazy/` beside it: the folder loads in diffusers without
@@ -31,7 +31,7 @@ class LazyDenoiser(LazyModel, ModelMixin):  # type: ignore[misc]
     #: Calls a step, as seen while learning; more than one is guidance in calls that take turns.
     turns: int = 1
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | Path,
         safe_serialization: bool = True,

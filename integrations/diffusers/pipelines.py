@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -235,7 +235,8 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
             plans[name].recipe, plans[name].example = loaded.recipe, loaded.example
             save_plan_too(plans[name])
         elif kind_of(saved) == "folder":
-            graphs[name] = load_gates(module, saved, kind=LazyDenoiser, strict=strict)
+            # There is no plan in it: that is what a LazyModule would be made of.
+            graphs[name] = cast(LazyDenoiser, load_gates(module, saved, kind=LazyDenoiser, strict=strict))
     if not graphs and not plans:
         raise InputError(f"{folder} holds no gates and no plan: pipe.save_pretrained of a lazy pipeline writes them")
     switch(pipeline, False)
@@ -255,7 +256,8 @@ def lazy_denoisers(pipeline: Any, needed: bool = True) -> dict[str, Lazy]:
     """
     kept: Mapping[str, LazyDenoiser] = pipeline.__dict__.get(_KEPT, {}) if hasattr(pipeline, "__dict__") else {}
     found: dict[str, Lazy] = {}
-    for name, part in (pipeline.components if isinstance(pipeline, DiffusionPipeline) else {}).items():
+    parts = cast(Any, pipeline).components if isinstance(pipeline, DiffusionPipeline) else {}
+    for name, part in parts.items():
         lazy = part if isinstance(part, LazyDenoiser) else handle_of(part) or kept.get(name)
         if lazy is not None:
             found[name] = lazy

@@ -40,8 +40,9 @@ class PipelineCalls:
                 pipeline = frame.f_locals.get("self")
                 if isinstance(pipeline, DiffusionPipeline):
                     timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
-                    known = isinstance(timesteps, Tensor) and timesteps.numel() > 0
-                    return self._run(id(frame), timesteps) if known else None
+                    if isinstance(timesteps, Tensor) and timesteps.numel() > 0:
+                        return self._run(id(frame), timesteps)
+                    return None
             frame = frame.f_back
         return None
 

@@ -8,7 +8,7 @@ blocks, which add a table of their own (PixArt, arXiv 2310.00426). The model pre
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -53,7 +53,7 @@ class FlowDiT(nn.Module):
         for block in self.blocks:
             x = block(x, shared, self.cosine, self.sine)
         size = IMAGE_SIZE // PATCH
-        out = self.head(self.norm(x)).unflatten(1, (size, size)).unflatten(3, (PATCH, PATCH))
+        out: Tensor = self.head(self.norm(x)).unflatten(1, (size, size)).unflatten(3, (PATCH, PATCH))
         return out.permute(0, 1, 3, 2, 4).reshape(x.shape[0], 1, IMAGE_SIZE, IMAGE_SIZE)
 
 
@@ -77,7 +77,8 @@ class _Block(nn.Module):
         x = x + gate1 * self.out(attended)
         z = self.norm2(x) * (1 + scale2) + shift2
         gate, up = self.gate_up(z).chunk(2, dim=-1)
-        return x + gate2 * self.down(F.silu(gate) * up)
+        out: Tensor = x + gate2 * self.down(F.silu(gate) * up)
+        return out
 
 
 def _rotations() -> tuple[Tensor, Tensor]:
@@ -98,7 +99,7 @@ def flow_sampler(noise: Tensor, labels: Tensor, steps: int = 50) -> Sampler:
     """A callable that integrates the flow from `noise` [N, 1, 8, 8] with Euler's method and returns the images."""
 
     def sampler(model: Any) -> Tensor:
-        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        scheduler = cast(Any, FlowMatchEulerDiscreteScheduler)()
         scheduler.set_timesteps(steps, device=noise.device)
         x = noise
         for t in scheduler.timesteps:

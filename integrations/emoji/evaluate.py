@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--data or --out says where the pictures are kept")
     pictures = load_pictures(options.data or options.out / "data")
     train, outside = split(pictures)
+    pipeline: Any
     if options.out is None:
         pipeline = load_pipeline()
         judge, updates = load_bundled_judge(pipeline.tokenizer), None

@@ -30,7 +30,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def picture_features(judge: Judge, images: torch.Tensor) -> torch.Tensor:
     """The judge's features of images ``[N, 3, 32, 32]`` in ``0..1``: float64 ``[N, 128]``."""
-    return torch.cat([judge.features(part.float() * 2 - 1) for part in images.split(256)]).double()
+    return torch.cat([judge.features(part.float() * 2 - 1) for part in torch.split(images, 256)]).double()
 
 
 @torch.no_grad()
@@ -59,5 +59,7 @@ def recall_at(
     if missing is not None:
         raise ValueError(f"The prompt {missing!r} is not among the {len(candidates)} candidates.")
     own = torch.tensor([place[prompt] for prompt in prompts]).unsqueeze(1)
-    cosines = torch.cat([judge(part.float() * 2 - 1, tokenize(tokenizer, candidates)) for part in images.split(256)])
+    cosines = torch.cat(
+        [judge(part.float() * 2 - 1, tokenize(tokenizer, candidates)) for part in torch.split(images, 256)]
+    )
     return (cosines.topk(min(k, len(candidates))).indices == own).any(1).double().mean().item()

@@ -85,9 +85,10 @@ def build_tokenizer(prompts: Iterable[str]) -> CLIPTokenizer:
     learned.train_from_iterator([*words, *letters], trainer)
     bpe = json.loads(learned.to_str())["model"]
     tokens = [_START, _END, "<pad>", *sorted(bpe["vocab"], key=bpe["vocab"].__getitem__)]
+    merges: Any = [tuple(merge) for merge in bpe["merges"]]  # annotated as strings, handed on as pairs
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=[tuple(merge) for merge in bpe["merges"]],
+        merges=merges,
         pad_token="<pad>",
         model_max_length=MAX_TOKENS,
     )
@@ -95,7 +96,7 @@ def build_tokenizer(prompts: Iterable[str]) -> CLIPTokenizer:
 
 def build_text_encoder(tokenizer: CLIPTokenizer, width: int) -> nn.Module:
     """A new CLIP text encoder of two layers; the denoiser sees the first one's output, and the projection."""
-    config = CLIPTextConfig(
+    config = cast(Any, CLIPTextConfig)(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
@@ -119,7 +120,7 @@ def build_silent_encoder() -> tuple[nn.Module, T5Tokenizer]:
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", 0.0)]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
-    config = T5Config(
+    config = cast(Any, T5Config)(
         vocab_size=len(tokenizer), d_model=sum(TEXT_WIDTHS), d_kv=8, d_ff=8, num_heads=1, num_layers=1,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip

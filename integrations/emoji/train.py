@@ -58,7 +58,9 @@ def autoencoder_stage(pictures: Pictures, batch: int, device: torch.device, out:
             restored = model.decode(posterior.mean + posterior.std * noise).sample.float()
         edges = sum(F.l1_loss(a, b) for a, b in zip(_slopes(restored), _slopes(images), strict=True))
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        return F.mse_loss(restored, images) + 0.2 * F.l1_loss(restored, images) + 0.2 * edges + KL_WEIGHT * kl
+        pixels = F.mse_loss(restored, images) + 0.2 * F.l1_loss(restored, images)
+        total: torch.Tensor = pixels + 0.2 * edges + KL_WEIGHT * kl
+        return total
 
     @torch.no_grad()
     def look(model: Any, update: int) -> None:
@@ -75,10 +77,11 @@ def autoencoder_stage(pictures: Pictures, batch: int, device: torch.device, out:
 @torch.no_grad()
 def encode_pictures(autoencoder: Any, pictures: Pictures) -> torch.Tensor:
     """Latents of all pictures with mean 0 and deviation 1; the autoencoder's configuration gets shift and scale."""
-    parts = [autoencoder.encode(to_unit(part)).latent_dist.mean for part in pictures.images.split(128)]
+    parts = [autoencoder.encode(to_unit(part)).latent_dist.mean for part in torch.split(pictures.images, 128)]
     latents = torch.cat(parts)
     autoencoder.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    normal: torch.Tensor = (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    return normal
 
 
 def denoiser_stage(

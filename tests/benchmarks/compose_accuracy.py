@@ -29,7 +29,8 @@ from lazycompress.integrations.digits.classifier import load_classifier
 from lazycompress.integrations.digits.data import all_digits
 from lazycompress.integrations.digits.metrics import features, frechet_distance, mse_per_image
 from lazycompress.integrations.digits.model import cycle_labels, digits_sampler, draw_noise, load_bundled
-from lazycompress.recipe import Quantize, load_recipe
+from lazycompress.recipe import Quantize
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import Sampler, build_sampler, first_call
 

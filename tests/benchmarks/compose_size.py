@@ -14,7 +14,7 @@ from pathlib import Path
 
 import lazycompress
 from lazycompress.compose.quantize import compress_weights, quantize
-from lazycompress.recipe import load_recipe
+from lazycompress.recipe_loading import load_recipe
 
 from .compose_latency import sampler
 from .export_latency import SHAPES, build, make

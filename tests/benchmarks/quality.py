@@ -31,7 +31,7 @@ from lazycompress.integrations.digits.data import all_digits
 from lazycompress.integrations.digits.flow import flow_sampler, load_flow
 from lazycompress.integrations.digits.metrics import features, frechet_distance, mse_per_image
 from lazycompress.integrations.digits.model import cycle_labels, digits_sampler, draw_noise, load_bundled
-from lazycompress.recipe import load_recipe
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.report import render
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import Sampler, build_sampler

@@ -17,7 +17,8 @@ from lazycompress.compose.prune import prune
 from lazycompress.integrations.digits.flow import flow_sampler, load_flow
 from lazycompress.integrations.digits.metrics import mse_per_image
 from lazycompress.integrations.digits.model import cycle_labels, digits_sampler, draw_noise
-from lazycompress.recipe import Prune, load_recipe
+from lazycompress.recipe import Prune
+from lazycompress.recipe_loading import load_recipe
 
 INPUTS = {
     "hidden_states": torch.randn(2, 1, 8, 8),

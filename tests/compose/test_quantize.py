@@ -21,7 +21,8 @@ from lazycompress.compose.quantize import calibration, compress_weights, quantiz
 from lazycompress.export.onnx_runner import OnnxRunner
 from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
-from lazycompress.recipe import Quantize, Weights, load_recipe
+from lazycompress.recipe import Quantize, Weights
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.runtime import LazyModel
 from tests.compose_files import onnx_matmuls, openvino_matmuls, restored_in_bodies, size_of
 from tests.conftest import two_blocks

@@ -23,7 +23,7 @@ from lazycompress.plan.calibration import Calibration
 from lazycompress.plan.forecasts import forecast
 from lazycompress.plan.plan import even
 from lazycompress.plan.search import plan_for, predict
-from lazycompress.recipe import load_recipe
+from lazycompress.recipe_loading import load_recipe
 from tests.conftest import two_blocks
 
 PACKAGE = Path(__file__).parent / "lazy_extras"

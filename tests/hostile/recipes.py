@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lazycompress.recipe import Recipe, load_recipe
+from lazycompress.recipe import Recipe
+from lazycompress.recipe_loading import load_recipe
 
 from .harness import Try, command
 

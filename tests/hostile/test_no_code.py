@@ -25,7 +25,7 @@ from lazycompress.cli import _read_inputs
 from lazycompress.export.card import exports_in, read_card
 from lazycompress.export.check import verify_all
 from lazycompress.integrations.diffusers import load_denoiser, load_exported, load_lazy, load_pipeline
-from lazycompress.recipe import load_recipe
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.train.checkpoint import Checkpoint
 from tests.export_models import small_dit
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from lazycompress.errors import LazyCompressError, RecipeError
-from lazycompress.recipe import Recipe, load_recipe
+from lazycompress.recipe import Recipe
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.rehearsal import rehearse
 from lazycompress.sections import section_of
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lazycompress
 from lazycompress import LazyCompressError
-from lazycompress.recipe import load_recipe
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import build_sampler
 from lazycompress.train.budget import Budget

@@ -17,7 +17,7 @@ from torch import nn
 from lazycompress import LazyCompressError
 from lazycompress.cli import main
 from lazycompress.integrations.digits.model import WEIGHTS_DIR
-from lazycompress.recipe import load_recipe
+from lazycompress.recipe_loading import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import build_sampler
 from lazycompress.train import checkpoint as checkpoints
