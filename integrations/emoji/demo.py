@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from rich.table import Table
 from torch import Tensor
 
@@ -71,7 +75,7 @@ def run_demo(directory: Path, images: int = 48, steps: int = 28, *, overwrite: b
     Raises:
         LazyCompressError: the folder is not ours to replace or cannot be written, or the optimum extra is missing.
     """
-    with whole_folder(directory, DEMO, overwrite) as folder:
+    with whole_folder(directory, DEMO, overwrite) as folder, _quiet():
         rows = _run(folder, images, steps)
         seal(folder, DEMO, {})
     print(f"written to {directory}: table.txt, table.json, samples.png, reuse.png, plan/, openvino/, openvino_int8/")
@@ -140,6 +144,20 @@ def _run(folder: Path, images: int, steps: int) -> list[Row]:
     (folder / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
     print(text)
     return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The third text encoder is silent, and nobody needs to hear what its tokenizer cuts off."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
 
 
 def _drawn(images: int) -> tuple[list[str], list[str]]:
