@@ -252,6 +252,7 @@ def test_effects_around_a_schedule_predict_what_one_more_forecast_does(order: in
     assert float((before - dense).square().mean()) > 0
 
 
+@pytest.mark.slow(seconds=15)
 def test_outputs_in_half_precision_are_forecast_in_full() -> None:
     """Their state is float32: a value that moves on call by call would lose its digits in 8 bits."""
     schedule = random_schedule(5)

@@ -21,6 +21,7 @@ from tests.conftest import two_blocks
 from .stages import BODIES, INT4, LAYERS, make, sampler
 
 
+@pytest.mark.slow(seconds=15)
 def test_an_error_above_the_limit_stops_and_leaves_the_model_alone() -> None:
     lazy = make()
     expected = r"quantize\.max_error: .* is \d\.\d+e-\d+, allowed are 1\.00e-09.*fall_back"

@@ -99,6 +99,7 @@ def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_openvino(folde
     assert set(outside) == {("u8", False), ("f32", False)}
 
 
+@pytest.mark.slow(seconds=15)
 def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_onnx(folder: Callable[[str, str], Path]) -> None:
     stored = onnx_matmuls(folder("int4", "onnx"))
     weights = {key[2]: count for key, count in stored.items() if key[0] == "body" and key[2] != "activation"}

@@ -55,7 +55,7 @@ def wrapped(request: pytest.FixtureRequest) -> tuple[LazyModel, dict[str, Any], 
     return wrap(model, (), inputs, request.param[1](times.float())), inputs, name, times
 
 
-@pytest.mark.parametrize("format", ["openvino", "onnx"])
+@pytest.mark.parametrize("format", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_fifty_steps_decide_alike_in_every_form(
     wrapped: tuple[LazyModel, dict[str, Any], str, torch.Tensor],
     format: str,

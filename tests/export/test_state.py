@@ -84,6 +84,7 @@ def test_any_sequence_of_calls_equals_torch(lazy: LazyModel, compiled: ov.Compil
     play(PlainOpenVINO(compiled), lazy, sequence, 1e-4)
 
 
+@pytest.mark.slow(seconds=15)
 @settings(max_examples=40, deadline=None)
 @given(events)
 def test_with_bf16_the_decisions_are_the_same(
@@ -231,6 +232,7 @@ def explicit_runner(lazy: LazyModel, export: Callable[..., Path]) -> OpenVINORun
     return OpenVINORunner(export(lazy, stateful=False), config={"INFERENCE_NUM_THREADS": 1})
 
 
+@pytest.mark.slow(seconds=15)
 @settings(max_examples=30, deadline=None)
 @given(events)
 def test_any_sequence_of_calls_equals_torch_with_explicit_caches(

@@ -158,6 +158,7 @@ def test_a_forecast_from_outside_is_refused_where_only_polynomials_are(single: n
 # -- gate ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(seconds=20)
 @pytest.mark.usefixtures("extras")
 def test_a_gate_is_trained_run_saved_and_exported(single: nn.Module, tmp_path: Path) -> None:
     lazy = learned(single, {"target": 0.7, "train": {"method": "paper", "gate": "loudness", "effort": 0.02}})

@@ -14,8 +14,8 @@ ALL = {specimen.name: specimen for specimen in specimens()}
 
 #: Each kind of architecture once; all others are marked slow, with about as many seconds as they take.
 QUICK = {
-    "dit", "pixart", "sd3", "flux", "sana", "wan", "stable_audio", "dit-adaln-zero", "softmax-by-hand", "post-norm",
-    "parallel-fused", "swiglu", "moe-masked", "conv-mlp", "next-dit", "u-vit", "shared-block", "bfloat16", "windows",
+    "dit", "pixart", "sd3", "flux", "sana", "stable_audio", "dit-adaln-zero", "softmax-by-hand", "post-norm",
+    "parallel-fused", "swiglu", "moe-masked", "conv-mlp", "next-dit", "u-vit", "shared-block", "bfloat16",
 }  # fmt: skip
 SECONDS = {"hidream": 135, "hidream_dense": 110, "lumina2": 245, "chroma": 42, "zimage": 40}
 

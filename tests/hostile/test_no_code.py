@@ -42,7 +42,8 @@ for load in (load_pipeline, load_denoiser, load_exported):
 
 known = {name.partition(".")[0] for name in sys.modules}
 packages = [str(Path(module.__file__).parents[1]) for module in (lazycompress, torch)]
-readable = (str(hostile), sys.prefix, sys.base_prefix, *packages, "/proc/", "/sys/")
+# The last one is what finds packages that are installed in place.
+readable = (str(hostile), sys.prefix, sys.base_prefix, *packages, "/proc/", "/sys/", "__editable__")
 
 def guard(event, arguments):
     if event == "import" and arguments[0].partition(".")[0] not in known:

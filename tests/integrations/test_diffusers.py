@@ -99,7 +99,8 @@ def test_learned_gates_skip_and_stay_closer_than_reuse_everywhere(name: str) -> 
     assert np.square(learned - dense).mean() < np.square(sample(pipe, specimen.call) - dense).mean()
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("wan", marks=pytest.mark.slow)])
+@pytest.mark.slow(seconds=15)
+@pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_batch_of_prompts_equals_single_ones(name: str) -> None:
     pipe, _ = make_lazy(name, train=True)
     call = PIPELINES[name].call

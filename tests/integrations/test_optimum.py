@@ -142,6 +142,7 @@ def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path, capsys: pytest
     assert "export again" in capsys.readouterr().err
 
 
+@pytest.mark.slow(seconds=15)
 def test_a_single_model_is_exported_alone(tmp_path: Path) -> None:
     model: Any = small_dit()
     model.save_pretrained(tmp_path / "model")

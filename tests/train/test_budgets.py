@@ -85,9 +85,8 @@ def ratio_of(lazy: LazyModel, kind: str, reused: Tensor) -> float:
     return 1.0 - float((reused[:, chosen] * macs).sum(dim=1).mean() / macs.sum())
 
 
-@pytest.mark.parametrize(
-    "kinds", [{"attention": 0.8}, pytest.param({"mlp": 0.4, "attention": 0.65}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("kinds", [{"attention": 0.8}, {"mlp": 0.4, "attention": 0.65}])
 def test_kinds_keep_shares_of_their_own_and_the_rest_meets_the_target(
     digits: nn.Module, kinds: dict[str, float]
 ) -> None:

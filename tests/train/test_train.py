@@ -162,7 +162,8 @@ def test_the_search_sees_that_two_effects_cancel() -> None:
     assert planner.predicted(schedule) == pytest.approx(0.04, rel=1e-5)
 
 
-@pytest.mark.parametrize("target", [pytest.param(0.7, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("target", [0.7, 0.5])
 def test_asked_for_a_ratio_the_gates_give_it_on_fresh_noise(digits: nn.Module, target: float) -> None:
     overrides = {**QUICK, "sampling.batch": 32, "target": target}
     lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=overrides, progress=False)
