@@ -37,6 +37,16 @@ class Judgement:
     peak: Floats
     calls: int
 
+    def and_also(self, other: Judgement) -> Judgement:
+        """Of the same plan, on the images of both."""
+        return Judgement(
+            self.plan,
+            np.concatenate([self.errors, other.errors]),
+            np.concatenate([self.image, other.image]),
+            np.concatenate([self.peak, other.peak]),
+            self.calls + other.calls,
+        )
+
     @property
     def relative(self) -> Floats:
         """Errors as shares of the images' mean squares: float64 [N]."""

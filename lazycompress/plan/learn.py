@@ -13,7 +13,7 @@ import numpy as np
 from ..sampling import Sampler
 from .calibration import Calibration, Floats
 from .forecasts import Order
-from .judge import Judgement, judge_against, refer
+from .judge import Judgement, Reference, judge_against, refer
 from .plan import Plan
 from .record import Denoise, Read, calibrate
 from .search import Guards, evens, plans_for, predict
@@ -22,7 +22,10 @@ from .search import Guards, evens, plans_for, predict
 HELD_OUT = 100_000
 
 #: Plans that the search may hand over to true runs, at most.
-CANDIDATES = 8
+CANDIDATES = 6
+
+#: Plans that are tried on as many images again: among sixteen, one image may decide.
+FINALISTS = 3
 
 
 @dataclass(frozen=True)
@@ -116,43 +119,59 @@ def learn_plan(
         spent = calibration.calls
     candidates = plans_for(calibration, target, orders=orders, guards=guards, count=CANDIDATES, seed=seed)
     calls = len(calibration.timesteps)
-    batch, reference = 0, None
-    seeds: list[int] = []
-    while batch < len(calibration.image):
-        seeds.append(seed + HELD_OUT + len(seeds))
-        reference = refer(denoise, sampler, read=read, seeds=seeds[-1:], more=reference)
-        batch = reference.images
-    assert reference is not None
+    images = len(calibration.image)
+    reference = _refer(denoise, sampler, read, seed + HELD_OUT, images)
+    per_run = calls * len(reference.finals)
     spent += reference.calls
     judged: list[Judgement] = []
     equal = [plan for plan in evens(calibration, target, orders) if _keeps(plan, calibration, guards)]
-    per_run = calls * len(seeds)
+    final = per_run + sum(sorted((plan.share for plan in candidates), reverse=True)[:FINALISTS]) * per_run
     for plan in (*equal, *candidates):
-        if (
-            judged
-            and plan not in equal
-            and len(judged) > len(equal)
-            and spent + plan.share * per_run > budget * per_run
-        ):
+        if len(judged) > len(equal) and spent + plan.share * per_run + final > budget * per_run:
             break
         judged.append(judge_against(reference, denoise, sampler, plan))
         spent += judged[-1].calls
+    if len(judged) > 1 and spent + final <= budget * per_run:
+        more = _refer(denoise, sampler, read, seed + HELD_OUT + len(reference.finals), images)
+        spent += more.calls
+        for k in _finalists(_sizes(judged), len(equal)):
+            again = judge_against(more, denoise, sampler, judged[k].plan)
+            spent += again.calls
+            judged[k] = judged[k].and_also(again)
     sizes = _sizes(judged)
-    best = judged[int(sizes.argmin())]
-    even = min((float(j.errors.mean()) for j in judged[: len(equal)]), default=float("nan"))
+    most = max(len(j.errors) for j in judged)
+    tried = [k for k, j in enumerate(judged) if len(j.errors) == most]
+    winner = judged[min(tried, key=lambda k: float(sizes[k]))]
+    even = min((float(judged[k].errors.mean()) for k in tried if k < len(equal)), default=float("nan"))
     report = PlanReport(
         target=target,
-        share=best.plan.share,
-        error=float(best.errors.mean()),
-        relative=float(best.errors.mean() / max(best.image.mean(), 1e-300)),
-        psnr=float(np.median(best.psnr)),
-        psnr_worst=float(np.quantile(best.psnr, 0.01, method="lower")),
+        share=winner.plan.share,
+        error=float(winner.errors.mean()),
+        relative=float(winner.errors.mean() / max(winner.image.mean(), 1e-300)),
+        psnr=float(np.median(winner.psnr)),
+        psnr_worst=float(np.quantile(winner.psnr, 0.01, method="lower")),
         even=even,
         calls=spent,
         runs=spent / per_run,
         seconds=time.perf_counter() - started,
     )
-    return Learned(best.plan, _scaled(calibration, judged, sizes), report)
+    return Learned(winner.plan, _scaled(calibration, judged, sizes), report)
+
+
+def _refer(denoise: Denoise, sampler: Sampler, read: Read, seed: int, images: int) -> Reference:
+    """Dense runs of this seed and those after it, of so many images at least."""
+    found = refer(denoise, sampler, read=read, seeds=[seed])
+    while found.images < images:
+        found = refer(denoise, sampler, read=read, seeds=[seed + len(found.finals)], more=found)
+    return found
+
+
+def _finalists(sizes: Floats, equal: int) -> list[int]:
+    """The best plans, and the best even one (of those that come first) among them: what is reported of both is comparable."""
+    best = [int(k) for k in sizes.argsort()[:FINALISTS]]
+    if equal and min(best) >= equal:
+        best[-1] = int(sizes[:equal].argmin())
+    return best
 
 
 def _sizes(judged: Sequence[Judgement]) -> Floats:
