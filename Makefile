@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --durations 10
 .PHONY: help demo test test-all lint bench bench-export bench-compose bench-quality docs kills check-extras clean
 
 help:
-	@echo "make demo   train gates for the bundled model, export, sample, print the table (out/demo)"
+	@echo "make demo   learn on the bundled pipeline, export, draw six ways, print the table (out/demo)"
 	@echo "make test   the tests that a change must pass: minutes (docs/testing.md)"
 	@echo "make test-all   all tests: long; SLICE=3/8 for the third of eight parts"
 	@echo "make lint   ruff and mypy"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -148,13 +149,15 @@ def _run(folder: Path, images: int, steps: int) -> list[Row]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The third text encoder is silent, and nobody needs to hear what its tokenizer cuts off."""
+    """Without what converters say of tracing, and tokenizers of the third text encoder's prompts, which it answers zeros."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [library.get_verbosity() for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for library, verbosity in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
