@@ -164,6 +164,10 @@ def graph_is_needed(recipe: Recipe) -> bool:
         *(["schedule: gates"] if recipe.schedule == "gates" else []),
         *(["a list of targets"] if len(recipe.targets) > 1 else []),
     ]
+    if recipe.goal and (reasons or recipe.units == "branches"):
+        raise RecipeError(
+            f"{recipe.goal} is for whole calls, and {reasons[0] if reasons else 'units: branches'} needs a graph: say target"
+        )
     if recipe.units == "calls" and reasons:
         raise RecipeError(f"units: calls goes without a graph, which {reasons[0]} needs; say units: branches")
     needed = recipe.units == "branches" or bool(reasons)

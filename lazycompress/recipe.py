@@ -234,6 +234,10 @@ class Export(Section):
     telemetry: bool = Field(False, description="add an output with the decisions of each step")
 
 
+#: Keys of a recipe that say the budget in other words than a share.
+GOALS = ("speedup", "seconds", "psnr", "max_error")
+
+
 class Recipe(Section):
     """A whole recipe. Every key may be left out."""
 
@@ -241,6 +245,27 @@ class Recipe(Section):
         0.5,
         description="share of the branches' MACs that may be computed; of a list the first is in force, and one training "
         "leaves a schedule for each, see LazyModel.set_target",
+    )
+    speedup: float | None = Field(
+        None,
+        gt=1.0,
+        description="in place of target: how many times as fast as the dense run, sampler included, as measured while learning "
+        "(units: calls)",
+    )
+    seconds: float | None = Field(
+        None, gt=0.0, description="in place of target: seconds that one image may take on this machine (units: calls)"
+    )
+    psnr: float | None = Field(
+        None,
+        gt=0.0,
+        description="in place of target: the fewest calls whose latents have this PSNR in dB to the dense ones, median over "
+        "held-out images (units: calls)",
+    )
+    max_error: float | None = Field(
+        None,
+        gt=0.0,
+        description="in place of target: the fewest calls whose latents have at most this mean squared error on held-out noise "
+        "(units: calls)",
     )
     schedule: Literal["static", "gates"] | None = Field(
         None,
@@ -273,6 +298,18 @@ class Recipe(Section):
     sampling: Sampling | None = Field(None, description="a sampler for models that come without a pipeline")
     pipeline: Pipeline | None = Field(None, description="what to sample when a whole pipeline is made lazy")
     export: Export = Field(Export(), description="defaults of lazycompress.export")
+
+    @property
+    def goal(self) -> str:
+        """The key that says the budget in place of `target`; empty if none does."""
+        return next((name for name in GOALS if getattr(self, name) is not None), "")
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Recipe:
+        given = [name for name in GOALS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both say the budget: keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:

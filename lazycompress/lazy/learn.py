@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import InputError, RecipeError
 from ..plan.calibration import Calibration
 from ..plan.forecasts import Order
-from ..plan.learn import PlanReport, learn_plan
+from ..plan.goals import cheapest, clock
+from ..plan.learn import Learned, PlanReport, learn_plan
 from ..plan.plan import Plan, dense
 from ..plan.record import Reading
 from ..plan.search import Guards as Ends
@@ -79,15 +81,54 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
     times, streams = tuple(c.timestep for c in watch.calls), tuple(c.stream for c in watch.calls)
     if not recipe.train.enabled:
         return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams)), None
-    train, target = recipe.train, recipe.targets[0]
-    _check_times(times, streams, target)
-    found = learn_plan(
-        watch.inner, sampler, target, read=reading(watch.reader), orders=orders_of(recipe.forecast),
-        guards=Ends(recipe.guards.warmup_steps, recipe.guards.last_steps, recipe.guards.max_reuse), seed=train.seed,
+    train, guards = recipe.train, recipe.guards
+    least = len(set(streams)) / len(times)
+    target = _timed(watch, sampler, recipe, least) if recipe.goal in ("speedup", "seconds") else recipe.targets[0]
+    _check_times(times, streams, max(target, least) if recipe.goal else target)
+    learn_at = partial(
+        learn_plan, watch.inner, sampler, read=reading(watch.reader), orders=orders_of(recipe.forecast),
+        guards=Ends(guards.warmup_steps, guards.last_steps, guards.max_reuse), seed=train.seed,
         progress=progress, budget=max(2.0, RUNS * train.effort), checkpoint=train.checkpoint or None,
     )  # fmt: skip
-    planner = Search(found.calibration, recipe.forecast, recipe.guards)
-    return Engine(watch.reader, found.plan, planner, target), found.report
+    if recipe.goal in ("psnr", "max_error"):
+        first = learn_at(max(0.5, least))
+        found = _close_enough(first, partial(learn_at, calibration=first.calibration), recipe, least)
+    else:
+        found = learn_at(target)
+    planner = Search(found.calibration, recipe.forecast, guards)
+    return Engine(watch.reader, found.plan, planner, found.plan.share if recipe.goal else target), found.report
+
+
+def _timed(watch: Watch, sampler: Sampler, recipe: Recipe, least: float) -> float:
+    """The share of the calls that leaves the time that the recipe asks for.
+
+    Raises:
+        RecipeError: no share does.
+    """
+    found = clock(watch.inner, sampler, recipe.train.seed)
+    wanted = found.run / recipe.speedup if recipe.speedup is not None else (recipe.seconds or 0.0) * found.images
+    share = found.share(wanted)
+    if share < least:
+        fastest = found.run - found.calls * (1 - least)
+        limit = (
+            f"{found.run / fastest:.2f}" if recipe.speedup is not None else f"{fastest / found.images:.2g} s an image"
+        )
+        raise RecipeError(
+            f"{recipe.goal}: {getattr(recipe, recipe.goal):g} cannot be reached: a dense run takes {found.run:.2g} s for "
+            f"{found.images} images, {found.run - found.calls:.2g} s of it beside the model; at best it is {limit}"
+        )
+    return share
+
+
+def _close_enough(first: Learned, learn_at: Callable[[float], Learned], recipe: Recipe, least: float) -> Learned:
+    """The cheapest plan that is as close to the dense images as the recipe asks for; `first` is one for half of the calls."""
+
+    def good(found: Learned) -> bool:
+        if recipe.psnr is not None:
+            return found.report.psnr >= recipe.psnr
+        return found.report.error <= (recipe.max_error or 0.0)
+
+    return cheapest(first, learn_at, good, least) or learn_at(1.0)
 
 
 def _check_times(times: Sequence[float], streams: Sequence[int], target: float) -> None:

@@ -42,13 +42,16 @@ for load in (load_pipeline, load_denoiser, load_exported):
 
 known = {name.partition(".")[0] for name in sys.modules}
 packages = [str(Path(module.__file__).parents[1]) for module in (lazycompress, torch)]
-# The last one is what finds packages that are installed in place.
-readable = (str(hostile), sys.prefix, sys.base_prefix, *packages, "/proc/", "/sys/", "__editable__")
+readable = (str(hostile), sys.prefix, sys.base_prefix, *packages, "/proc/", "/sys/")
+# What says which packages are installed, in place too: a name that is not known is compared with theirs.
+installed = ("entry_points.txt", "__path_hook__")
 
 def guard(event, arguments):
     if event == "import" and arguments[0].partition(".")[0] not in known:
         raise SystemExit(f"imported {arguments[0]}")
-    if event == "open" and isinstance(arguments[0], str) and not arguments[0].startswith(readable):
+    if event == "open" and isinstance(arguments[0], str) and not (
+        arguments[0].startswith(readable) or arguments[0].endswith(installed)
+    ):
         raise SystemExit(f"opened {arguments[0]}")
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         raise SystemExit(f"wrote {arguments[0]}")

@@ -1,0 +1,91 @@
+"""Budgets in other words than a share: speed, seconds, closeness to the dense images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lazycompress
+from lazycompress import RecipeError
+from lazycompress.lazy.model import LazyModule
+from lazycompress.plan.goals import Clocked
+
+from .models import Denoiser
+
+STEPS = 20
+
+
+def sampler(model: Any) -> Tensor:
+    x = torch.randn(8, 16, 6)
+    condition = torch.ones(8, 5)
+    for step in range(STEPS):
+        x = x - model(x, torch.full((8,), 1000.0 * (1 - step / STEPS)), condition) / STEPS
+    return x
+
+
+def learned(**goal: float) -> LazyModule:
+    recipe = {"target": 0.5, **goal, "train": {"effort": 0.5}}
+    made: LazyModule = lazycompress.apply(Denoiser(), recipe, sampler=sampler, progress=False)
+    return made
+
+
+def psnr_of(lazy: LazyModule) -> float:
+    """On noise that learning did not draw."""
+    found = []
+    for seed in (31, 32, 33):
+        torch.manual_seed(seed)
+        dense = sampler(lazy.model)
+        torch.manual_seed(seed)
+        errors = (sampler(lazy) - dense).flatten(1).square().mean(dim=1)
+        peak = dense.flatten(1).amax(dim=1) - dense.flatten(1).amin(dim=1)
+        found.append(10 * (peak.square() / errors).log10())
+    return float(torch.cat(found).median())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wanted", [35.0, 55.0])
+def test_the_fewest_calls_that_are_close_enough(wanted: float) -> None:
+    lazy = learned(psnr=wanted)
+    assert lazy.training_report.psnr >= wanted
+    assert psnr_of(lazy) > 0.95 * wanted
+    assert lazy.engine.target == lazy.plan.share < 1
+    cheaper = (sum(lazy.plan.computes) - 1) / STEPS
+    assert learned(target=cheaper).training_report.psnr < wanted + 1  # a call less is not enough, or hardly so
+
+
+def test_an_error_that_only_the_dense_run_keeps_computes_everything() -> None:
+    lazy = learned(max_error=1e-30)
+    assert lazy.plan.share == 1
+    assert lazy.training_report.error == 0
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(10.0, 1.0), (6.0, 0.5), (20.0, 1.0), (2.0, 0.0)])
+def test_time_beside_the_model_is_not_saved(seconds: float, share: float) -> None:
+    assert Clocked(run=10.0, calls=8.0, images=4).share(seconds) == pytest.approx(share)
+
+
+def test_speed_is_bought_with_calls() -> None:
+    lazy = learned(speedup=1.5)
+    assert lazy.plan.share <= 1 / 1.5  # of all time, and some of it is beside the model
+    assert learned(seconds=1e6).plan.share == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"speedup": 1000.0}, r"speedup: 1000 cannot be reached: a dense run takes .* at best it is \d"),
+        ({"seconds": 1e-9}, r"seconds: 1e-09 cannot be reached: .* s an image"),
+        ({"speedup": 2.0, "psnr": 30.0}, "speedup and psnr both say the budget: keep one"),
+        ({"psnr": 30.0, "units": "branches"}, "psnr is for whole calls, and units: branches needs a graph: say target"),
+        ({"speedup": 1.0}, "speedup"),
+        ({"psnr": float("nan")}, "psnr"),
+    ],
+)
+def test_what_cannot_be_is_one_line(recipe: dict[str, Any], says: str) -> None:
+    model: nn.Module = Denoiser()
+    with pytest.raises(RecipeError, match=says) as raised:
+        lazycompress.apply(model, recipe, sampler=sampler, progress=False)
+    assert "\n" not in str(raised.value)
