@@ -88,7 +88,8 @@ def test_a_sample_that_begins_an_image_computes_for_all(model: nn.Module) -> Non
     assert lazy.summary().skip_ratio == pytest.approx(skipped)
 
 
-@pytest.mark.parametrize("static", [True, pytest.param(False, marks=pytest.mark.slow(seconds=14))])
+@pytest.mark.slow(seconds=14)
+@pytest.mark.parametrize("static", [True, False])
 def test_the_whole_model_compiles_and_breaks_outside_of_the_network_only(model: nn.Module, static: bool) -> None:
     lazy, expected, skipped = lazy_of(model, static)
     compiled = torch.compile(lazy, backend="eager")

@@ -14,6 +14,7 @@ BENCHMARKS = (
     "compose_accuracy",
     "quality",
     "emoji",
+    "emoji_peers",
 )
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def test_a_limit_that_nothing_keeps_is_one_line() -> None:
         quantize(make(), sampler, Quantize(subset_size=4, max_error=1e-12, on_error="fall_back"))
 
 
+@pytest.mark.slow(seconds=15)
 def test_an_ignored_scope_takes_names_of_modules() -> None:
     scope = IgnoredScope(names=["transformer_blocks.0.attn1.to_q"], patterns=[r"transformer_blocks\.1\.ff.*"])
     assert quantize(make(), sampler, Quantize(subset_size=4, ignored_scope=scope)).left == 3

@@ -109,7 +109,8 @@ def test_all_weights_of_branches_are_in_4_bits_and_others_in_8_in_onnx(folder: C
     assert left["FLOAT"] == GATES
 
 
-@pytest.mark.parametrize("stage", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow(seconds=15)
+@pytest.mark.parametrize("stage", ["int8", "int4"])
 def test_weights_are_restored_once_and_not_in_each_call(stage: str, folder: Callable[[str, str], Path]) -> None:
     """ONNX Runtime computes what the main graph makes of constants alone when it loads the file, and no more then."""
     place = folder(stage, "onnx")

@@ -100,6 +100,7 @@ def onnx_runner(lazy: LazyModel, export: Callable[..., Path]) -> OnnxRunner:
     return OnnxRunner(export(lazy, format="onnx"), options)
 
 
+@pytest.mark.slow(seconds=15)
 @settings(max_examples=40, deadline=None)
 @given(events)
 def test_any_sequence_of_calls_equals_torch_in_onnx(lazy: LazyModel, onnx_runner: OnnxRunner, sequence: Any) -> None:

@@ -34,7 +34,8 @@ class CutOff(BaseException):
     """Like a kill: nothing handles it."""
 
 
-@pytest.mark.parametrize("made", [3, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow(seconds=15)
+@pytest.mark.parametrize("made", [3, 9])
 def test_a_training_that_was_cut_off_makes_only_the_runs_that_are_missing(
     digits: nn.Module, whole: LazyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: int
 ) -> None:

@@ -201,6 +201,7 @@ def test_the_same_seed_gives_the_same_gates_and_leaves_the_callers_noise_alone(s
     assert not torch.equal(first.gates.rank, other.gates.rank)
 
 
+@pytest.mark.slow(seconds=15)
 def test_guards_hold_in_what_runs(digits: nn.Module) -> None:
     guards = {
         "guards.warmup_steps": 3,
