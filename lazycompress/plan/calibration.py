@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ class Calibration:
             raise InputError(
                 f"a calibration has a scale above 0 for each order of the forecast; there was {list(self.scale)}"
             )
+
+    def evened(self, share: float) -> Calibration:
+        """With gains that differ by this share (of the logarithm) of what they do: 0 is the same gain for all calls."""
+        logs = np.log(self.gain)
+        mean = logs.mean()
+        return replace(self, gain=np.exp(mean + share * (logs - mean)))
 
 
 def save_calibration(calibration: Calibration, folder: str | Path, *, overwrite: bool = False) -> Path:
