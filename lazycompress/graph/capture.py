@@ -135,7 +135,7 @@ def capture(model: nn.Module, call: Call, sizes: bool = True, earlier: Way | Non
             if not ways and unsettled is None:
                 ways = _opaque_ways(model, failures, way)
             continue
-        if way.opaque:
+        if way.opaque and failures:  # it was said when an earlier capture came this way
             _log.warning(
                 "lazycompress runs %s of %s untraced, in PyTorch only: %s",
                 ", ".join(way.opaque), type(model).__name__, _explain(model, _telling(failures)),

@@ -17,6 +17,7 @@ from lazycompress import LazyCompressError
 from lazycompress.errors import CaptureError, ExportError, LocateError
 from lazycompress.export.trace import trace
 from lazycompress.gates import Gates
+from lazycompress.graph.capture import capture
 from lazycompress.runtime import LazyModel, wrap
 from tests.zoo.specimen import built, constant, falling, moving
 from tests.zoo.styles_parts import HEADS, WIDTH, AdaBlock, Mlp, PreNormBlock, TimeEmbed
@@ -305,6 +306,11 @@ def test_experts_read_on_the_host_run_untraced_inside_their_branch(
         assert torch.equal(dense(lazy, inputs(2, step)), dense(model, inputs(2, step)))
     with pytest.raises(ExportError, match=r"torch\.export"):
         trace(lazy)
+    # What the first capture found out, another one begins with, and it is not said again.
+    way = lazy.program(lazy.example).captured.way
+    caplog.clear()
+    assert capture(model, lazy.example, earlier=way).way == way
+    assert not any("untraced" in record.getMessage() for record in caplog.records)
 
 
 class BatchOfTheExample(Tokens):
