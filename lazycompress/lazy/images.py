@@ -129,21 +129,22 @@ class Images:
             taken = self._in_place(kinds, call, sight, direction)
             gone = {id(sample) for sample in taken.values()}
             free = [sample for sample in self._samples if id(sample) not in gone]
-            if len(taken) == call.batch:
-                return [taken[row] for row in rows]
         else:
             free = self._samples
+            if scope.in_place:
+                taken = self._at_their_places(kinds, call, sight, scope, direction)
+        if len(taken) == call.batch:
+            return [taken[row] for row in rows]
         fitting = [
             [] if row in taken else [s for s in free if self._fits(s, kinds[row], row, sight, scope, direction)]
             for row in rows
         ]
-        if scope is not None:
+        if scope is not None and not scope.in_place:
             for row in rows:
-                here = fitting[row] if not scope.in_place else [s for s in fitting[row] if _at(s, row, call.batch)]
+                here = fitting[row]
                 if len(here) != 1 or not _at(here[0], row, call.batch) or here[0].timestep == sight.times[row]:
                     continue
-                rivals = [k for k in rows if k != row and any(s is here[0] for s in fitting[k])]
-                if scope.in_place or not rivals:
+                if not any(s is here[0] for k in rows if k != row for s in fitting[k]):
                     taken[row] = here[0]
         pairs = [(row, sample) for row in rows if row not in taken for sample in fitting[row]]
         left = self._unexplained(call, pairs)
@@ -164,6 +165,21 @@ class Images:
                 taken[row] = sample
                 gone.add(id(sample))
         return [taken.get(row) for row in rows]
+
+    def _at_their_places(
+        self, kinds: Sequence[Hashable], call: Call, sight: Sight, scope: Scope, direction: float
+    ) -> dict[int, Sample]:
+        """Samples that go on by rule 3 where none may change places, by row: each is looked for at its own place only."""
+        places: dict[int, list[Sample]] = {}
+        for sample in self._samples:
+            if sample.scope is scope and sample.batch == call.batch:
+                places.setdefault(sample.row, []).append(sample)
+        found: dict[int, Sample] = {}
+        for row in range(call.batch):
+            here = [s for s in places.get(row, []) if self._fits(s, kinds[row], row, sight, scope, direction)]
+            if len(here) == 1 and here[0].timestep != sight.times[row]:
+                found[row] = here[0]
+        return found
 
     def _in_place(self, kinds: Sequence[Hashable], call: Call, sight: Sight, direction: float) -> dict[int, Sample]:
         """Samples that go on at their place, by row: outside of scopes, what most calls are. Large batches need no search."""
