@@ -59,7 +59,8 @@ def apply(
     """Make a model lazy: find its branches, put gates before them, learn when each may reuse.
 
     Args:
-        model_or_pipeline: an `nn.Module`, a diffusers pipeline, or a pipeline of a kind that another package brings.
+        model_or_pipeline: an `nn.Module`, a diffusers pipeline, one of optimum-intel (plans of whole calls only), or a pipeline
+            of a kind that another package brings.
         recipe: a path, the name of a shipped recipe, a dictionary, or a `Recipe`.
         example_inputs: keyword arguments of one forward call, or a tuple of positional ones; left out, the first call
             that the sampler makes is taken.

@@ -8,6 +8,8 @@ Either is an entry point here, and is imported when somebody asks for it. `docs/
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -39,9 +41,15 @@ OWN = {
 }
 
 
+@lru_cache(maxsize=32)
+def _brought(kind: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """What other packages bring; read once for what `sys.path` is, since that reads the notes of every package there."""
+    return tuple(entry for entry in entry_points(group=f"lazycompress.{kind}") if entry.name not in OWN[kind])
+
+
 def others(kind: str) -> list[str]:
     """The names that other packages bring, sorted; those of the package's own are not theirs to take."""
-    return sorted(entry.name for entry in entry_points(group=f"lazycompress.{kind}") if entry.name not in OWN[kind])
+    return sorted(entry.name for entry in _brought(kind, tuple(sys.path)))
 
 
 def need(kind: str, name: Any, error: type[LazyCompressError] = InputError) -> None:
@@ -63,7 +71,8 @@ def find(kind: str, name: Any, error: type[LazyCompressError] = InputError) -> A
     need(kind, name, error)
     group = f"lazycompress.{kind}"
     own = OWN[kind].get(name)
-    entry = EntryPoint(name, own, group) if own else next(iter(entry_points(group=group, name=name)))
+    brought = (entry for entry in _brought(kind, tuple(sys.path)) if entry.name == name)
+    entry = EntryPoint(name, own, group) if own else next(brought)
     try:
         return entry.load()
     except LazyCompressError:

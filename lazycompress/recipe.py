@@ -43,9 +43,9 @@ def named(kind: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-#: A forecast is a polynomial of an order, or another one by its name.
 FormatName = Annotated[str, named("runtimes")]
 GateName = Annotated[str, named("gates")]
+#: A forecast is a polynomial of an order, or another one by its name.
 ForecastName = Annotated[
     Annotated[int, Field(ge=0, le=2), Tag("an order")] | Annotated[str, named("forecasts"), Tag("a forecast")],
     Discriminator(lambda value: "a forecast" if isinstance(value, str) and not value.isdecimal() else "an order"),
@@ -275,8 +275,9 @@ class Recipe(Section):
     )
     forecast: ForecastName = Field(
         2,
-        description="a step that reuses all branches gives the parabola (2) or the line (1) through the model's last computed "
-        "outputs; 0: what the caches give; or the name of another package's forecast (units: calls)",
+        description="whole calls: the highest order of the polynomial through the model's last computed outputs that a skipped "
+        "call may give, 0 being the last output again, or the name of another package's forecast; branches: the order where a "
+        "step reuses all of them, 0 being what their caches give",
     )
     timestep_input: str = Field("", description="the model's argument for the timestep; empty: found by its name")
     units: Literal["auto", "calls", "branches"] = Field(

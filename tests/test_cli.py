@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,12 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     line = capsys.readouterr().err.strip()
     assert len(line.splitlines()) == 1
     return line
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_traceback() -> None:
+    command = f"{sys.executable} -c 'from lazycompress.cli import main; main([\"recipes\"])' | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
 
 
 def test_locate_prints_the_branches(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -97,8 +105,13 @@ def test_recipes_are_listed_printed_and_documented(capsys: pytest.CaptureFixture
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_one(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    expected: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # whatever lies in the folder that tests are run in: a demo's `out`, say
     assert expected in fails(capsys, arguments)
 
 

@@ -54,7 +54,7 @@ def export_pipeline(
 ) -> Path:
     """Write a lazy pipeline as a folder that skips by itself; images have the size that the gates were learned for.
 
-    A pipeline of optimum is written as it writes itself, but for its denoisers' files, which follow their plans.
+    A pipeline of optimum-intel is written as it writes itself, but for its denoisers' files, which follow their plans.
 
     Args:
         pipeline: what `lazycompress.apply(pipe, recipe)` returned.

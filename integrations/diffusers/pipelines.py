@@ -222,13 +222,18 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
         strict: as for `lazycompress.load`: refuse those of other weights.
 
     Raises:
-        InputError: the folder holds none for any of the pipeline's denoisers.
+        InputError: the folder holds none for any of the pipeline's denoisers, or these run in files.
         ExportError: what it holds is broken, or of another model.
     """
     graphs: dict[str, LazyDenoiser] = {}
     plans: dict[str, Handle] = {}
     for name in denoisers(pipeline):
         saved, module = path_of(folder) / name / GATES_FOLDER, uncompiled(_dense(getattr(pipeline, name)))
+        if not isinstance(module, nn.Module):
+            raise InputError(
+                f"{name} of {type(pipeline).__name__} runs in a file: lazycompress.wrap writes one that follows the plan in "
+                f"{folder}"
+            )
         if kind_of(saved / PLAN_FILE) == "file":
             loaded = load_plan(module, saved, strict=strict)
             plans[name] = attach(module, loaded.engine, PipelineCalls())

@@ -43,29 +43,9 @@ def export(
     decide: Granularity = "sample",
     check: bool = True,
 ) -> Path:
-    """Write a lazy model as a file that skips by itself.
+    """Write a lazy model, or the denoiser of a lazy pipeline, as a file: see `lazycompress.export`, whose arguments these are.
 
-    Args:
-        lazy: a model with a plan or with gates, or the denoiser of a lazy pipeline, under any policy; the file always follows
-            them. One that skips whole calls is captured for this.
-        directory: where to; written whole or not at all.
-        format: "openvino" (caches as state), "onnx" (caches as inputs and outputs), or that of another package; None: the
-            recipe's.
-        telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
-        stateful: where the format has states: caches as state; else as inputs `past_*` and outputs `present_*`.
-        overwrite: replace a folder that an export wrote before.
-        weights: "f32", "f16" or "bf16": how float32 weights are stored; they compute as the runtime's precision says.
-        decide: "sample" (each sample of a batch decides for itself), or "batch" (a branch runs for all if any needs it).
-        check: run the file on recorded calls and write how it compares with torch; `verify` needs the record. Loads the
-            written model once.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: the model is not lazy.
-        ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
-        MissingExtraError: the format's packages are not installed.
+    One that skips whole calls is captured for this.
     """
     lazy = lazy_of(lazy)
     recipe = lazy.recipe

@@ -14,7 +14,7 @@ from ..graph.branch import Branch
 from ..graph.call import take_apart
 from ..plan.plan import Plan, stream_of
 from ..runtime import LazyModel
-from .attach import Handle, handle_of
+from .attach import Handle, PartHandle, handle_of
 from .model import LazyModule
 
 _Lazy = TypeVar("_Lazy", bound=LazyModel)
@@ -46,11 +46,16 @@ def lazy_of(model: LazyModel | LazyModule | Handle | nn.Module) -> LazyModel | L
     """What is lazy about a model: itself, or the handle of a pipeline's own module.
 
     Raises:
-        InputError: nothing is.
+        InputError: nothing is; or it is a part of a pipeline that runs in files.
     """
     found = model if isinstance(model, LazyModel | LazyModule | Handle) else handle_of(model)
     if found is None:
         raise InputError(f"{type(model).__name__} is not lazy: call lazycompress.apply first")
+    if isinstance(found, PartHandle):
+        raise InputError(
+            f"{type(found.module).__name__} runs in a file and is not written alone: lazycompress.export(pipe, folder) writes "
+            "the pipeline with it"
+        )
     return found
 
 

@@ -120,20 +120,20 @@ def learn_plan(
         spent = calibration.calls
     candidates = _candidates(calibration, target, orders, guards, seed)
     calls = len(calibration.timesteps)
-    images = len(calibration.image)
-    reference = _refer(denoise, sampler, read, seed + HELD_OUT, images)
+    count = len(calibration.image)
+    reference = _refer(denoise, sampler, read, seed + HELD_OUT, count)
     per_run = calls * len(reference.finals)
     spent += reference.calls
     judged: list[Judgement] = []
     equal = [plan for plan in evens(calibration, target, orders) if _keeps(plan, calibration, guards)]
     final = per_run + sum(sorted((plan.share for plan in candidates), reverse=True)[:FINALISTS]) * per_run
-    for plan in (*equal, *candidates):
+    for plan in dict.fromkeys((*equal, *candidates)):
         if len(judged) > len(equal) and spent + plan.share * per_run + final > budget * per_run:
             break
         judged.append(judge_against(reference, denoise, sampler, plan))
         spent += judged[-1].calls
     if len(judged) > 1 and spent + final <= budget * per_run:
-        more = _refer(denoise, sampler, read, seed + HELD_OUT + len(reference.finals), images)
+        more = _refer(denoise, sampler, read, seed + HELD_OUT + len(reference.finals), count)
         spent += more.calls
         for k in _finalists(_sizes(judged), len(equal)):
             again = judge_against(more, denoise, sampler, judged[k].plan)

@@ -11,7 +11,7 @@ their own, so that they cannot be counted on to cancel: the windows `phi_r`, who
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -79,12 +79,16 @@ class Pricing:
         """Of polynomials: a forecast of another package has none to be told from."""
         return 1.0 if isinstance(order, str) else self.scale[order]
 
+    @cached_property
+    def _weighted(self) -> Floats:
+        """Windows times what a call's error becomes: float64 [windows, T]."""
+        return _windows(len(self.reacted), self.windows) * self.reacted
+
     def shifts(self, computes: Bools, order: Order) -> Floats:
         """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""
         many, calls = computes.shape
-        windows = _windows(calls, self.windows)
-        weighted = windows * self.reacted
-        found = np.zeros((len(windows), many * calls))
+        weighted = self._weighted
+        found = np.zeros((len(weighted), many * calls))
         for stream in np.unique(self.streams):
             own = np.flatnonzero(self.streams == stream)
             points, weights = points_of(computes[:, own], self.timesteps[own], order)

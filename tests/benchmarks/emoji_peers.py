@@ -216,8 +216,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write the table and the plot to this page")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    for library in (diffusers.utils.logging,):
-        library.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
     names = prompts()
     order = torch.randperm(len(names.seen), generator=torch.Generator().manual_seed(1)).tolist()
     learn_on, drawn = ([names.seen[k] for k in part] for part in (order[:16], order[16 : 16 + options.pictures]))

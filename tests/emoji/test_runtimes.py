@@ -133,6 +133,10 @@ def test_a_pipeline_of_optimum_becomes_lazy_itself(
     assert lazycompress.set_target(pipe, 0.25) is pipe
     assert handle_of(pipe.transformer).plan.share == 0.25  # type: ignore[union-attr]
     lazycompress.set_target(pipe, 0.5)
+    with pytest.raises(InputError, match=r"runs in a file and is not written alone: lazycompress\.export"):
+        lazycompress.save(pipe.transformer, tmp_path / "no")
+    with pytest.raises(InputError, match=r"runs in a file: lazycompress\.wrap writes one"):
+        load_lazy(pipe, tmp_path)
 
     lazy = draw(pipe)
     with pytest.raises(ExportError, match="runs in openvino, and stays there"):

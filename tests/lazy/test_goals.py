@@ -27,7 +27,7 @@ def sampler(model: Any) -> Tensor:
 
 
 def learned(**goal: float) -> LazyModule:
-    recipe = {"target": 0.5, **goal, "train": {"effort": 0.5}}
+    recipe = {"target": 0.5, **goal, "train": {"effort": 0.2}}
     made: LazyModule = lazycompress.apply(Denoiser(), recipe, sampler=sampler, progress=False)
     return made
 
@@ -56,6 +56,7 @@ def test_the_fewest_calls_that_are_close_enough(wanted: float) -> None:
     assert learned(target=cheaper).training_report.psnr < wanted + 1  # a call less is not enough, or hardly so
 
 
+@pytest.mark.slow(seconds=10)
 def test_an_error_that_only_the_dense_run_keeps_computes_everything() -> None:
     lazy = learned(max_error=1e-30)
     assert lazy.plan.share == 1

@@ -167,6 +167,19 @@ def test_a_learned_calibration_prices_plans_as_true_runs_found_them(size: float)
     assert 0.3 < predict(again.calibration, again.plan).mean() / again.report.error < 3.0
 
 
+def test_gains_that_mislead_are_believed_less() -> None:
+    """Plans are searched with gains that differ less, too, and with none that do; true runs choose."""
+    right = learn_plan(Toy(pull=1.0), euler(images=16), 0.3, read=read, progress=False)
+    calls = np.arange(len(right.calibration.timesteps))
+    misled = replace(right.calibration, gain=right.calibration.gain * np.exp(-calls / 2.0) + 1e-6)
+    found = learn_plan(Toy(pull=1.0), euler(images=16), 0.3, read=read, progress=False, calibration=misled)
+    assert found.report.error < 3 * right.report.error
+    spread = np.log(found.calibration.gain)
+    assert (
+        np.ptp(spread) <= 0.5 * np.ptp(np.log(misled.gain)) + 1e-9
+    )  # and plans for other budgets believe them as little
+
+
 def test_more_compute_is_priced_at_less_error(calibration: Calibration) -> None:
     points = frontier(calibration, (0.25, 0.5, 0.75))
     assert [round(point.plan.share, 2) for point in points] == [0.25, 0.5, 0.75]
