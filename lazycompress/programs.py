@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, LazyCompressError, LocateError, shortened
+from .eager import eager
+from .errors import CaptureError, InputError, LazyCompressError, LocateError, shortened
 from .gates import Gates
 from .graph.branch import Branch
 from .graph.call import Call, CallKey
@@ -19,7 +20,8 @@ from .graph.insert import LazyGraph, find_conditions, find_timestep, insert_gate
 from .graph.locate import locate_branches
 from .graph.lower import Controller, lazy_branches, lower
 from .graph.lower_whole import lower_whole
-from .models import described
+from .graph.makeup import Key, Makeup, named
+from .models import described, evaluating
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +74,12 @@ class Program:
                 graph.graph_module.lazy_gates = gates
 
 
+class NoGraphError(InputError):
+    """A call that the model itself runs, and none of its graphs."""
+
+
 class Programs:
-    """All programs of one model, made as calls ask for them.
+    """All programs of one model, made as calls ask for them, and again where the model is no longer what they were made from.
 
     Attributes:
         gates: what all of them read.
@@ -89,6 +95,13 @@ class Programs:
         self._controller: Controller | None = None
         self._outputs: Callable[[list[Tensor]], list[Tensor]] | None = None
         self._each_branch = False
+        self._makeup = Makeup.of(model)
+        #: Entries that calls of the model itself change; and those of which it is known whether they are.
+        self._restless: set[Key] = set()
+        self._looked_at: set[Key] = set()
+        #: Calls that no graph runs, and why.
+        self._dense: dict[tuple[CallKey, tuple[tuple[int, ...], ...]], LazyCompressError] = {}
+        self._told: set[str] = set()
         self._made: dict[CallKey, list[Program]] = {}
         self._made[example.key] = [self._captured(example, partial(_fitting, gates))]
 
@@ -96,11 +109,14 @@ class Programs:
         return (program for programs in self._made.values() for program in programs)
 
     def of(self, call: Call) -> Program:
-        """The program that runs `call`, captured now if this kind of call is new.
+        """The program that runs `call`, captured now if this kind of call is new, or the model is another than at its capture.
 
         Raises:
             InputError: it is new, and would run without the stages that the branches went through.
+            NoGraphError: something stands around the model's parts that no graph has, or they are others than went through these.
+            CaptureError, LocateError: it cannot be captured, or has other branches.
         """
+        self._notice(call)
         programs = self._made.setdefault(call.key, [])
         for program in programs:
             if program.captured.serves(call):
@@ -111,19 +127,69 @@ class Programs:
                 f"{name} went through {', '.join(self.stages)} for calls like its example; this one has "
                 "other sizes or fixed values: make the model lazy with an example of it"
             )
-        _log.warning(
-            "lazycompress captures %s again: sizes, batch or fixed values differ from every call so far; weights and "
-            "gates are shared",
-            name,
-        )
+        if any(self):
+            _log.warning(
+                "lazycompress captures %s again: sizes, batch or fixed values differ from every call so far; weights and "
+                "gates are shared",
+                name,
+            )
         program = self._captured(call)
         programs.append(program)
         return program
+
+    def serving(self, call: Call) -> Program | LazyCompressError:
+        """The program that runs `call`; or why none does and the model itself has to, which is told once."""
+        kind = (call.key, call.shapes)
+        found: Program | LazyCompressError
+        try:
+            found = self._dense.get(kind) or self.of(call)
+        except NoGraphError as error:
+            found = error
+        except (CaptureError, LocateError) as error:
+            found = self._dense[kind] = error
+        if isinstance(found, LazyCompressError) and str(found) not in self._told:
+            self._told.add(str(found))
+            _log.warning("lazycompress: %s; such calls run as they are", found)
+        return found
+
+    @eager
+    def _notice(self, call: Call) -> None:
+        """Forget what was captured, if it was from a model that is another one now.
+
+        Raises:
+            NoGraphError: there is no use in capturing it again.
+        """
+        if self._makeup.stands():
+            return
+        name, now = type(self._model).__name__, Makeup.of(self._model)
+        around = self._makeup.changed_around(now)
+        if around:
+            raise NoGraphError(f"{named(around)} of {name} was set after its capture: no graph has that")
+        changed = self._makeup.changed(now, self._restless)
+        if changed - self._looked_at:
+            self._restless |= _changed_by_calling(self._model, call)
+            self._looked_at |= changed
+            changed -= self._restless
+        if not changed:
+            self._makeup = now
+            return
+        if self.stages:
+            raise NoGraphError(
+                f"{named(changed)} of {name} is another one than when it went through {', '.join(self.stages)}"
+            )
+        _log.warning(
+            "lazycompress captures %s again: its %s is another one than at the last capture", name, named(changed)
+        )
+        self._makeup = Makeup.of(self._model)
+        self._looked_at.clear()
+        self._made.clear()
+        self._dense.clear()
 
     def forget(self, retyped: bool) -> None:
         """Weights have moved, or have another dtype."""
         if retyped:
             self._made.clear()  # they hold buffers and constants of the old dtype
+        self._makeup = Makeup.of(self._model)
         for program in self:
             program.forget()
 
@@ -245,8 +311,9 @@ class Programs:
         found = [b.width for b in branches]  # names may differ by the way of capture; the order does not
         known = [w.shape[1] for w in self.gates.weights]
         if found != known:
-            raise InputError(
-                f"this call runs other branches than the gates are for: {len(found)} instead of {len(known)}"
+            raise LocateError(
+                f"a call of {type(self._model).__name__} runs other branches than the gates are for: {len(found)}, and not "
+                f"{len(known)}"
             )
         timestep = find_timestep(call.leaves, call.tensors, self._timestep_input)
         if timestep == call.latents:
@@ -255,6 +322,17 @@ class Programs:
         program = Program(captured, insert_gates(captured, branches, self.gates, timestep, conditions))
         program.control(self._controller)
         return program
+
+
+def _changed_by_calling(model: nn.Module, call: Call) -> set[Key]:
+    """Entries that a call of the model itself changes: a counter, a table that it remembers."""
+    before = Makeup.of(model)
+    with torch.no_grad(), evaluating(model):
+        try:
+            model(**call.arguments(call.tensors))
+        except Exception as error:  # capture, which comes next, has the words for it
+            _log.debug("the model does not run: %s", error)
+    return before.changed(Makeup.of(model))
 
 
 def _fitting(gates: GatesFor, branches: list[Branch]) -> Gates:

@@ -32,6 +32,8 @@ class Summary:
         skip_ratio: share of branch runs that were reused, over samples, steps and branches.
         macs_ratio: computed branch MACs as a share of all branch MACs.
         reused: per branch, the share of its runs that were reused.
+        calls: of the model.
+        dense: those of them that the model itself ran, and no graph.
     """
 
     branches: Sequence[NamedBranch]
@@ -39,6 +41,7 @@ class Summary:
     macs_ratio: float
     reused: list[float]
     calls: int
+    dense: int = 0
 
     @property
     def runs(self) -> int:
@@ -59,6 +62,8 @@ class Summary:
         table.add_row(
             "all", "", f"{total / 1e6:.3f}", f"computed {self.macs_ratio:.1%}", f"{self.skip_ratio:.1%}", style="bold"
         )
+        if self.dense:
+            table.add_row("calls run as they are", "", "", str(self.dense), "")
         return render(table)
 
 
@@ -79,11 +84,19 @@ class Usage:
     reused: dict[float, Tensor] = field(default_factory=dict)
     seen: dict[float, int] = field(default_factory=dict)
     calls: int = 0
+    dense: int = 0
+    dense_samples: int = 0
 
     def clear(self) -> None:
         self.reused.clear()
         self.seen.clear()
-        self.calls = 0
+        self.calls = self.dense = self.dense_samples = 0
+
+    def add_dense(self, samples: int) -> None:
+        """Count one call of so many samples that the model itself ran."""
+        self.calls += 1
+        self.dense += 1
+        self.dense_samples += samples
 
     def add(self, timestep: Tensor, lazy: Tensor) -> None:
         """Count one call: timesteps [batch], decisions [branches, batch]."""
@@ -101,10 +114,10 @@ class Usage:
         return times, torch.stack([self.reused[t] / self.seen[t] for t in times])
 
     def summary(self, branches: Sequence[NamedBranch]) -> Summary:
-        runs = sum(self.seen.values())
+        runs = sum(self.seen.values()) + self.dense_samples
         reused = sum(self.reused.values(), torch.zeros(len(self.macs)))
         shares = (reused / max(runs, 1)).tolist()
         total = sum(self.macs)
         saved = sum(share * macs for share, macs in zip(shares, self.macs, strict=True))
         mean = sum(shares) / max(len(shares), 1)
-        return Summary(branches, mean, 1.0 - saved / max(total, 1), shares, self.calls)
+        return Summary(branches, mean, 1.0 - saved / max(total, 1), shares, self.calls, self.dense)

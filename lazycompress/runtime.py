@@ -19,7 +19,7 @@ from .gates import Gates
 from .graph.call import Call, take_apart
 from .graph.insert import LazyGraph
 from .models import InPlaceOf
-from .programs import GatesFor, Program, Programs
+from .programs import GatesFor, NoGraphError, Program, Programs
 from .recipe import Recipe
 from .report import Summary, Usage
 
@@ -102,7 +102,9 @@ class LazyModel(InPlaceOf):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self.model, args, kwargs)
-        program = self.program(call)
+        program = self.programs.serving(call)
+        if isinstance(program, LazyCompressError):
+            return self._as_it_is(call, args, kwargs, program)
         graph = self.programs.running(program)
         threshold = torch.tensor(
             _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
@@ -113,6 +115,16 @@ class LazyModel(InPlaceOf):
         state.tensors = [value.detach() for value in results[count:-1]]
         self.usage.add(results[count], results[-1])
         return pytree.tree_unflatten(results[:count], program.captured.output_spec)
+
+    def _as_it_is(self, call: Call, args: Any, kwargs: Any, why: LazyCompressError) -> Any:
+        """What the model itself gives for a call that no graph takes; `why` is raised where it does not either."""
+        self.usage.add_dense(call.batch)
+        try:
+            return self.model(*args, **kwargs)
+        except Exception as error:
+            if isinstance(why, NoGraphError):
+                raise
+            raise why from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyModel:
         dtype, places = self.dtype, self._places()

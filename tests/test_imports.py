@@ -12,10 +12,10 @@ ROOT = Path(lazycompress.__file__).parent
 
 #: The rooms of the package, the ground first. `integrations` is beside the package, and only these lead to it.
 ORDER = [
-    "errors", "kinds", "models", "noise", "free_memory", "files", "encoding", "weights", "places", "strict_yaml", "sections",
-    "recipe", "recipe_loading", "recipe_reference", "report", "sampling", "plan", "gate", "gates", "graph", "rehearsal",
-    "contexts", "targets", "programs", "runtime", "old_gates", "gates_file", "lazy", "storage", "train", "compose", "export",
-    "wrap", "pipelines", "api", "cli",
+    "errors", "eager", "kinds", "models", "noise", "free_memory", "files", "encoding", "weights", "places", "strict_yaml",
+    "sections", "recipe", "recipe_loading", "recipe_reference", "report", "sampling", "plan", "gate", "gates", "graph",
+    "rehearsal", "contexts", "targets", "programs", "runtime", "old_gates", "gates_file", "lazy", "storage", "train", "compose",
+    "export", "wrap", "pipelines", "api", "cli",
 ]  # fmt: skip
 LEAD_OUT = {"api", "cli", "__init__"}
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..eager import around, eager
 from .controls import Controls
-from .eager import around, eager
 from .engine import Engine, run
 from .scopes import Scope, Surroundings, opened
 

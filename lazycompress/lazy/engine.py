@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..eager import around, eager
 from ..errors import InputError, LazyCompressError
 from ..plan.forecasts import forecast, points_in
 from ..plan.plan import Plan, stream_of
 from .calls import Call, Reader
-from .eager import around, eager
 from .follow import Pace, alike, as_seen, spread
 from .images import Images, Record, Sample
 from .outputs import Form, take_apart

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..eager import around, eager
 from ..models import InPlaceOf, evaluating
 from .controls import Controls
-from .eager import around, eager
 from .engine import Engine, run
 from .scopes import opened
 
