@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from .api import apply, image, locate
     from .graph.branch import Branch
     from .lazy.model import LazyModule
-    from .pipelines import disable, enable, export, reset, set_target, summary
+    from .pipelines import disable, enable, export, load, reset, save, set_target, summary
     from .recipe import Recipe
     from .runtime import LazyModel
-    from .storage import load, save
     from .wrap.folder import wrap
 
 # `lazycompress.export` and `lazycompress.wrap` are the functions. Importing the subpackages of these names once, and dropping
@@ -47,8 +46,8 @@ _LAZY = {
     "Recipe": "recipe",
     "LazyModel": "runtime",
     "LazyModule": "lazy.model",
-    "load": "storage",
-    "save": "storage",
+    "load": "pipelines",
+    "save": "pipelines",
     "wrap": "wrap.folder",
 }
 

@@ -14,12 +14,14 @@ from .graph.call import ExampleInputs, call_of
 from .graph.capture import capture
 from .graph.located import Branches, located
 from .lazy.attach import Handle, handle_of, uncompiled
-from .lazy.learn import lazy_module
+from .lazy.engine import Engine
+from .lazy.learn import Search, lazy_module
 from .lazy.model import LazyModule
+from .lazy.presets import presets
 from .lazy.scopes import scope_of
 from .models import evaluating, signature_of
 from .noise import own_noise
-from .pipelines import kind_of, lazy_parts
+from .pipelines import kind_of, lazy_parts, load
 from .recipe import IgnoredScope, Recipe
 from .recipe_loading import load_recipe
 from .rehearsal import rehearse
@@ -54,6 +56,7 @@ def apply(
     sampler: Sampler | None = None,
     overrides: Mapping[str, Any] | None = None,
     call_kwargs: Mapping[str, Any] | None = None,
+    calibration: str | Path | None = None,
     progress: bool = True,
 ) -> Any:
     """Make a model lazy: find its branches, put gates before them, learn when each may reuse.
@@ -68,6 +71,8 @@ def apply(
             new noise from torch's global generator at each call; left out, the recipe's `sampling` section builds one.
         overrides: dotted recipe keys and values, such as `{"target": 0.4}`.
         call_kwargs: arguments of `pipeline(...)` while gates are learned, before those of the recipe's `pipeline` section.
+        calibration: what `save`, or `lazycompress apply`, wrote for this model, perhaps on another machine: the recipe's plan is
+            made from its calibration, at once, and the model is not called. For plans of whole calls with a `target`.
         progress: show progress bars.
 
     Returns:
@@ -78,9 +83,30 @@ def apply(
         LazyCompressError: the recipe, the inputs or the model are at fault; one line says what to do.
     """
     chosen = load_recipe(recipe, overrides)
+    if calibration is not None:
+        return _started(model_or_pipeline, chosen, calibration)
     sampler = checked(sampler) if sampler is not None else None
     with own_noise():
         return _applied(model_or_pipeline, chosen, example_inputs, sampler, call_kwargs, progress)
+
+
+def _started(model_or_pipeline: Any, chosen: Recipe, folder: str | Path) -> Any:
+    """`apply` with what is known already."""
+    if graph_is_needed(chosen) or chosen.goal:
+        raise RecipeError(
+            "calibration: it has plans of whole calls for a target; branches, other stages, and "
+            "speedup, seconds, psnr and max_error need runs of the model"
+        )
+    target = chosen.targets[0]
+    searches = {n: Search(p.search.calibration, chosen.forecast, chosen.guards) for n, p in presets(folder).items()}
+    plans = {name: search.plan(target) for name, search in searches.items()}
+    lazy = load(model_or_pipeline, folder)
+    parts: dict[str, Any] = {"": lazy} if isinstance(lazy, LazyModule) else dict(lazy_parts(lazy))
+    for name, part in parts.items():
+        own = name if name in searches else ""
+        part.engine = Engine(part.engine.reader, plans[own], searches[own], target)
+        part.recipe = chosen
+    return lazy
 
 
 def _applied(

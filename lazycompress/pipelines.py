@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from . import kinds
+from . import kinds, storage
 from .errors import ExportError, InputError
 from .export.card import Granularity, Weights
 from .export.folder import export as export_model
+from .graph.call import ExampleInputs
 from .lazy.attach import Handle
 from .lazy.model import LazyModule
 from .lazy.usage import CallSummary
@@ -76,6 +77,19 @@ class Exports(Protocol):
         self, pipeline: Any, directory: str | Path, format: str | None, *, telemetry: bool | None, overwrite: bool
     ) -> Path:
         """Write a lazy pipeline, see `export`."""
+        ...
+
+
+@runtime_checkable
+class Loads(Protocol):
+    """A kind whose pipelines get back what was saved of them."""
+
+    def load_lazy(self, pipeline: Any, folder: str | Path, *, strict: bool) -> Any:
+        """Make a pipeline lazy with what a folder holds, see `load`; after an error it is as it was.
+
+        Returns:
+            The pipeline.
+        """
         ...
 
 
@@ -169,6 +183,63 @@ def set_target(pipeline: Any, target: float, timesteps: Sequence[float] | Tensor
     return pipeline
 
 
+def save(lazy: Any, directory: str | Path, *, overwrite: bool | None = None) -> Path:
+    """Write what was learned, the plans or the gates, of a lazy model or pipeline; the weights are not written.
+
+    Args:
+        lazy: the model, a denoiser of a lazy pipeline, or the pipeline.
+        directory: where to: a folder that is free or empty, or that holds gates or plans. Anything else is left alone. Of a
+            pipeline with several lazy denoisers, each gets a folder of its name in it.
+        overwrite: what happens to what is there: True replaces it, False never does; None does if it is of this kind of
+            model, with these branches, so that a loop can save again and again.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: the folder is not ours to replace, or cannot be written; or the gates hold NaN.
+        InputError: nothing there is lazy, or it runs in a file.
+    """
+    if _is_model(lazy):
+        return storage.save(lazy, directory, overwrite=overwrite)
+    parts: Mapping[str, Any] = lazy_parts(lazy)
+    return storage.save_parts(parts, directory, overwrite=overwrite)
+
+
+def load(
+    model_or_pipeline: Any,
+    directory: str | Path,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    strict: bool = True,
+) -> Any:
+    """Make a model or a pipeline lazy with what `save` wrote; nothing is learned.
+
+    Args:
+        model_or_pipeline: the one that was learned with. A model is left as it is.
+        directory: what `save`, `lazycompress apply` or the pipeline's own `save_pretrained` wrote.
+        example_inputs: of a model with gates: arguments of one call; left out, tensors like those at training are made up.
+        strict: refuse a model of another class, or with other weights, than the one that was learned with. Gates that version
+            0.1 wrote do not tell.
+
+    Returns:
+        The lazy model, see `apply`; or the pipeline.
+
+    Raises:
+        ExportError: the folder holds nothing that was learned, or that of another model; one line says what is wrong, and
+            where.
+        LazyCompressError: the gates do not fit the model.
+    """
+    if _is_model(model_or_pipeline):
+        return storage.load(model_or_pipeline, directory, example_inputs=example_inputs, strict=strict)
+    kind = kind_of(model_or_pipeline)
+    if not isinstance(kind, Loads):
+        raise InputError(
+            f"{type(model_or_pipeline).__name__} is of a kind that nothing is loaded for: load its denoisers"
+        )
+    return kind.load_lazy(model_or_pipeline, directory, strict=strict)
+
+
 def export(
     lazy: Any,
     directory: str | Path,
@@ -207,7 +278,7 @@ def export(
         ExportError: unknown format, a folder that is not ours to replace, or a graph that a converter does not take.
         MissingExtraError: the format's packages are not installed.
     """
-    kind = None if isinstance(lazy, LazyModel | LazyModule | Handle) else kind_of(lazy)
+    kind = None if _is_model(lazy) else kind_of(lazy)
     if kind is None:
         return export_model(
             lazy, directory, format, telemetry=telemetry, stateful=stateful, overwrite=overwrite, weights=weights,
@@ -221,6 +292,13 @@ def export(
     if not isinstance(kind, Exports):
         raise ExportError(f"{type(lazy).__name__} is of a kind that is not exported whole: export its denoisers")
     return kind.export_pipeline(lazy, directory, format, telemetry=telemetry, overwrite=overwrite)
+
+
+def _is_model(found: Any) -> bool:
+    """Whether it is a model, or what is lazy about one, and no pipeline."""
+    return isinstance(found, LazyModel | LazyModule | Handle) or (
+        isinstance(found, nn.Module) and kind_of(found) is None
+    )
 
 
 def _diffusers() -> PipelineKind:

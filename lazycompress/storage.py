@@ -61,6 +61,20 @@ def save(lazy: Learned | nn.Module, directory: str | Path, *, overwrite: bool | 
     return Path(directory)
 
 
+def save_parts(
+    models: Mapping[str, Learned | nn.Module], directory: str | Path, *, overwrite: bool | None = None
+) -> Path:
+    """`save` for the denoisers of one pipeline: of several, each into a folder of its name."""
+    parts = {name: lazy_of(model) for name, model in models.items()}
+    if len(parts) == 1:
+        return save(next(iter(parts.values())), directory, overwrite=overwrite)
+    place = place_of(directory)
+    replaces = all(_is_of(lazy, place / name) for name, lazy in parts.items()) if overwrite is None else overwrite
+    with whole_folder(place, GATES, replaces) as folder:
+        save_all(parts, folder)
+    return Path(directory)
+
+
 def save_all(models: Mapping[str, Learned], folder: Path) -> None:
     """Write what the denoisers of one pipeline learned into a new folder: of several, each into a folder of its name."""
     for lazy in models.values():
@@ -186,4 +200,4 @@ def _need_finite(lazy: Learned) -> None:
             raise ExportError(f"the gates' {name} holds NaN or infinity: they were not learned; nothing was written")
 
 
-__all__ = ["DESCRIPTION_FILE", "GATES_FILE", "PLAN_FILE", "load", "save", "save_all", "write_gates"]
+__all__ = ["DESCRIPTION_FILE", "GATES_FILE", "PLAN_FILE", "load", "save", "save_all", "save_parts", "write_gates"]

@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline
 from . import pipelines
 from .export import export_pipeline
 
-__all__ = ["apply", "export_pipeline", "lazy_denoisers", "owns", "switch"]
+__all__ = ["apply", "export_pipeline", "lazy_denoisers", "load_lazy", "owns", "switch"]
 
-apply, switch = pipelines.apply_to_pipeline, pipelines.switch
+apply, load_lazy, switch = pipelines.apply_to_pipeline, pipelines.load_lazy, pipelines.switch
 
 
 def owns(pipeline: Any) -> bool:

@@ -18,11 +18,12 @@ from ...files import kind_of, path_of
 from ...graph.insert import is_timestep_name
 from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
 from ...lazy.learn import learn, unlearned
-from ...lazy.store import PLAN_FILE, load_plan
+from ...lazy.store import PLAN_FILE, Loaded, load_plan
 from ...lazy.watch import Watch
 from ...pipelines import reset
 from ...recipe import Recipe
 from ...sampling import NotCalledError, Sampler, first_call
+from ...storage import DESCRIPTION_FILE
 from ...storage import load as load_gates
 from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, put
 from .sampling import Arguments, learning_sampler, sample
@@ -214,11 +215,11 @@ def set_policy(pipeline: Any, policy: Any) -> Any:
 
 
 def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
-    """Make a pipeline lazy with the plans or gates that its `save_pretrained` wrote into `folder`; nothing is learned.
+    """Make a pipeline lazy with the plans or gates in a folder; nothing is learned. After an error it is as it was.
 
     Args:
         pipeline: with the denoisers that they were learned for.
-        folder: what `pipe.save_pretrained` wrote.
+        folder: what `lazycompress.save` or the pipeline's own `save_pretrained` wrote.
         strict: as for `lazycompress.load`: refuse those of other weights.
 
     Raises:
@@ -226,31 +227,42 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
         ExportError: what it holds is broken, or of another model.
     """
     graphs: dict[str, LazyDenoiser] = {}
-    plans: dict[str, Handle] = {}
-    for name in denoisers(pipeline):
-        saved, module = path_of(folder) / name / GATES_FOLDER, uncompiled(_dense(getattr(pipeline, name)))
+    plans: dict[str, tuple[nn.Module, Loaded]] = {}
+    names = denoisers(pipeline)
+    for name in names:
+        saved, module = _saved(path_of(folder), name, names), uncompiled(_dense(getattr(pipeline, name)))
         if not isinstance(module, nn.Module):
             raise InputError(
                 f"{name} of {type(pipeline).__name__} runs in a file: lazycompress.wrap writes one that follows the plan in "
                 f"{folder}"
             )
         if kind_of(saved / PLAN_FILE) == "file":
-            loaded = load_plan(module, saved, strict=strict)
-            plans[name] = attach(module, loaded.engine, PipelineCalls())
-            plans[name].recipe, plans[name].example = loaded.recipe, loaded.example
-            save_plan_too(plans[name])
-        elif kind_of(saved) == "folder":
+            plans[name] = module, load_plan(module, saved, strict=strict)
+        elif kind_of(saved / DESCRIPTION_FILE) == "file":
             # There is no plan in it: that is what a LazyModule would be made of.
             graphs[name] = cast(LazyDenoiser, load_gates(module, saved, kind=LazyDenoiser, strict=strict))
     if not graphs and not plans:
-        raise InputError(f"{folder} holds no gates and no plan: pipe.save_pretrained of a lazy pipeline writes them")
+        raise InputError(
+            f"{folder} holds no gates and no plan of {', '.join(names)}: lazycompress.save(pipe, folder) writes them"
+        )
     switch(pipeline, False)
-    for handle in plans.values():
-        handle.enabled = True
+    for module, loaded in plans.values():
+        handle = attach(module, loaded.engine, PipelineCalls())
+        handle.recipe, handle.example = loaded.recipe, loaded.example
+        handle.turns = max(loaded.engine.plan.streams) + 1
+        save_plan_too(handle)
     for name, lazy in graphs.items():
         put(pipeline, name, lazy)
     object.__setattr__(pipeline, _KEPT, graphs)
     return pipeline
+
+
+def _saved(folder: Path, name: str, names: list[str]) -> Path:
+    """Where a folder has what was learned of a denoiser: in a saved pipeline, in a folder of its name, or directly."""
+    if kind_of(folder / name / GATES_FOLDER) == "folder":
+        return folder / name / GATES_FOLDER
+    direct = len(names) == 1 and (kind_of(folder / PLAN_FILE) == "file" or kind_of(folder / DESCRIPTION_FILE) == "file")
+    return folder if direct else folder / name
 
 
 def lazy_denoisers(pipeline: Any, needed: bool = True) -> dict[str, Lazy]:

@@ -152,6 +152,16 @@ def load_plan(module: nn.Module, folder: Path, *, strict: bool = True) -> Loaded
     return Loaded(Engine(reader, plan, planner, file.target), recipe, example)
 
 
+def read_settings(folder: Path) -> tuple[float, Recipe]:
+    """The target and the recipe that a folder's plan was learned with.
+
+    Raises:
+        ExportError: the folder holds no plan, or a broken one.
+    """
+    file = _read(folder)
+    return file.target, read_recipe(file.recipe, folder / PLAN_FILE) or Recipe()
+
+
 def _read(folder: Path) -> _File:
     path = folder / PLAN_FILE
     return checked(read_json(path), _File, path)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import lazycompress
 from lazycompress import LazyCompressError
-from lazycompress.cli import _read_inputs
+from lazycompress.cli.commands import read_inputs
 from lazycompress.export.card import exports_in, read_card
 from lazycompress.export.check import verify_all
 from lazycompress.integrations.diffusers import load_denoiser, load_exported, load_lazy, load_pipeline
@@ -71,7 +71,7 @@ for folder in sorted(hostile.iterdir()):
         "model": [load_denoiser],
         "training": [lambda f: Checkpoint(f, about).get("run")],
         "recipe": [lambda f: load_recipe(f / "recipe.yaml")],
-        "inputs": [lambda f: _read_inputs(f / "inputs.safetensors")],
+        "inputs": [lambda f: read_inputs(f / "inputs.safetensors")],
     }.get(kind, [])]
 for folder, call in calls:
     try:
