@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy, and of the processes that tests start
 
 import pytest
 import torch

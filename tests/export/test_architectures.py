@@ -26,9 +26,6 @@ SPECIMENS = {
     s.name: s for s in [*diffusers_image.SPECIMENS, *diffusers_video.SPECIMENS] if s.name in ("dit", "sd3", "wan")
 }
 
-#: The others are marked slow: large files, a minute each. `test_state.py` has gates that decide alike in a small one.
-QUICK = [("dit", lively)]
-
 
 def timesteps(specimen: Specimen, model: nn.Module) -> tuple[str, torch.Tensor]:
     """The timestep's name, and 50 of them over the range that the specimen's own steps have."""
@@ -42,7 +39,7 @@ def timesteps(specimen: Specimen, model: nn.Module) -> tuple[str, torch.Tensor]:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((name, gates), marks=[] if (name, gates) in QUICK else pytest.mark.slow(seconds=50))
+        pytest.param((name, gates), marks=pytest.mark.slow(seconds=50))  # `test_state.py` has small files
         for name in SPECIMENS
         for gates in (lively, alike)
     ],

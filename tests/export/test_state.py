@@ -248,6 +248,7 @@ def whole_batch_runner(request: pytest.FixtureRequest, lazy: LazyModel, export: 
     return OpenVINORunner(folder) if request.param == "openvino" else OnnxRunner(folder)
 
 
+@SLOW
 @settings(max_examples=25, deadline=None)
 @given(events)
 def test_any_sequence_of_calls_equals_torch_with_one_decision_a_batch(
@@ -279,6 +280,7 @@ def test_another_size_is_refused(onnx_runner: OnnxRunner, explicit_runner: OpenV
         assert sample.shape == (2, 1, 8, 8), "and still runs"
 
 
+@SLOW
 def test_gates_and_clock_compute_in_f32_under_a_bf16_hint(steady: LazyModel, compiled_bf16: ov.CompiledModel) -> None:
     """Each gate interpolates its table in a product of its own, outside of the branches."""
     nodes = compiled_bf16.get_runtime_model().get_ordered_ops()
@@ -291,6 +293,7 @@ def test_gates_and_clock_compute_in_f32_under_a_bf16_hint(steady: LazyModel, com
     assert kinds["FullyConnected", "bf16"] > 0, "the plugin computes in bf16"
 
 
+@SLOW
 def test_timesteps_one_apart_count_under_a_bf16_hint(steady: LazyModel, compiled_bf16: ov.CompiledModel) -> None:
     request, reference = PlainOpenVINO(compiled_bf16), Reference(steady, "flat")
     for time in range(999, 960, -1):

@@ -168,6 +168,7 @@ def test_steps_callbacks_and_generators_are_the_callers() -> None:
         assert lazycompress.summary(pipe).skip_ratio > 0.1
 
 
+@pytest.mark.slow
 def test_it_moves_and_keeps_its_gates_exact() -> None:
     pipe, _ = make_lazy("sd3", train=True)
     lazy = pipe.transformer

@@ -151,6 +151,7 @@ def test_a_single_model_is_exported_alone(tmp_path: Path) -> None:
     assert (out / "openvino_model.xml").is_file()
 
 
+@pytest.mark.slow(seconds=10)
 def test_a_hub_id_is_found_in_the_cache(tmp_path: Path) -> None:
     """In the layout of the hub's own cache, without a network."""
     cache = tmp_path / "models--someone--tiny-dit"

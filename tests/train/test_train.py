@@ -64,6 +64,7 @@ def anywhere(steps: int, branches: int, max_reuse: int = 4) -> Limits:
     return Limits(allowed, max_reuse)
 
 
+@pytest.mark.slow
 def test_effects_predict_what_one_reuse_does_to_the_image(lazy: LazyModel, sampler) -> None:  # type: ignore[no-untyped-def]
     """The square of the projected effect, averaged over many probes, is the measured error of single decisions."""
     effects = linearise(lazy, sampler, None, seed=5, probes=16, max_age=2)
@@ -252,8 +253,9 @@ def test_the_recipes_inputs_fit_the_model(digits: nn.Module) -> None:
     assert set(inputs["class_labels"].tolist()) <= set(range(10))
 
 
-def test_set_target_moves_the_budget_without_training(digits: nn.Module) -> None:
-    lazy = lazycompress.apply(digits, "digits_dit.yaml", overrides=QUICK, progress=False)
+def test_set_target_moves_the_budget_without_training(short: nn.Module) -> None:
+    overrides = {**QUICK, "sampling.batch": 4}
+    lazy = lazycompress.apply(short, "digits_dit.yaml", overrides=overrides, progress=False)
     sampler = build_sampler(lazy.recipe.sampling)
     assert lazy.expected_macs_ratio() == pytest.approx(lazy.training_report.macs_ratio)
     reused = []
