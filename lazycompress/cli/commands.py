@@ -217,15 +217,19 @@ def plan(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     from ..export.check import verify_all
+    from ..wrap.verify import verify_wrapped
 
-    reports = verify_all(options.directory)
-    ok = all(report.ok for report in reports)
-    if options.json:
-        print(json.dumps({"ok": ok, "files": [vars(r) | {"ok": r.ok, "relative": r.relative} for r in reports]}))
+    if options.dense is not None:
+        compared = verify_wrapped(options.directory, options.dense, inputs=options.inputs)
+        rows, other = [vars(c) | {"ok": c.ok} for c in compared], "its dense file gives"
+        lines, ok = list(map(str, compared)), all(c.ok for c in compared)
     else:
-        print("\n".join(map(str, reports)))
+        reports = verify_all(options.directory)
+        rows, other = [vars(r) | {"ok": r.ok, "relative": r.relative} for r in reports], "torch gave"
+        lines, ok = list(map(str, reports)), all(r.ok for r in reports)
+    print(json.dumps({"ok": ok, "files": rows}) if options.json else "\n".join(lines))
     if not ok:
-        raise ExportError(f"{options.directory} does not give what torch gave")
+        raise ExportError(f"{options.directory} does not give what {other}")
 
 
 def summary(options: argparse.Namespace) -> None:

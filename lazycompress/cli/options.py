@@ -112,9 +112,15 @@ def parser() -> argparse.ArgumentParser:
     times.add_argument("--timesteps", type=_times, metavar="T,T,...", help="of the steps, as the model gets them")
 
     verify = command(
-        "verify", commands.verify, "run an exported folder again on its recorded calls and compare with torch"
+        "verify",
+        commands.verify,
+        "run an exported folder again on its recorded calls, or a wrapped one beside its dense file",
     )
     verify.add_argument("directory", type=Path)
+    verify.add_argument("--dense", type=Path, metavar="PATH", help="file or folder that 'lazycompress wrap' was given")
+    verify.add_argument(
+        "--inputs", type=Path, metavar="FILE", help="safetensors with the inputs of one call (default: made up)"
+    )
 
     summary = command("summary", commands.summary, "say what an exported folder holds")
     summary.add_argument("directory", type=Path)

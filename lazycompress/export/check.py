@@ -228,7 +228,9 @@ def verify(directory: str | Path) -> Report:
         raise ExportError(f"{folder} is a pipeline, whose files are in folders of their own: verify {inner}")
     check_files(folder, card)
     if "plan" in card:
-        raise ExportError(f"{folder} was wrapped, without recorded calls: compare it with its dense file")
+        raise ExportError(
+            f"{folder} was wrapped, without recorded calls: lazycompress verify --dense FILE compares it with its dense file"
+        )
     path = folder / CHECK_FILE
     parity = card.get("parity")
     if kind_of(path) != "file" or parity is None:
