@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = (
     "locate_scaling",
+    "overhead",
     "export_latency",
     "compose_time",
     "compose_size",
