@@ -100,6 +100,9 @@ def _started(model_or_pipeline: Any, chosen: Recipe, folder: str | Path) -> Any:
     target = chosen.targets[0]
     searches = {n: Search(p.search.calibration, chosen.forecast, chosen.guards) for n, p in presets(folder).items()}
     plans = {name: search.plan(target) for name, search in searches.items()}
+    for plan in plans.values():
+        if plan.share > target:
+            raise RecipeError(f"target {target:g}: {plan.share:.0%} of the calls compute always: raise the target")
     lazy = load(model_or_pipeline, folder)
     parts: dict[str, Any] = {"": lazy} if isinstance(lazy, LazyModule) else dict(lazy_parts(lazy))
     for name, part in parts.items():

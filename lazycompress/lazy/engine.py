@@ -14,6 +14,7 @@ from torch import Tensor
 from ..eager import around, eager
 from ..errors import InputError, LazyCompressError
 from ..plan.forecasts import forecast, points_in
+from ..plan.move import MOST_CALLS
 from ..plan.plan import Plan, stream_of
 from .calls import Call, Reader
 from .follow import Pace, alike, as_seen, spread
@@ -257,9 +258,10 @@ class Engine:
         if timesteps not in self._plans:
             if len(self._plans) > 256:
                 self._plans.clear()
+            few = len(timesteps) * (max(self._plan.streams) + 1) <= MOST_CALLS
             plan = (
                 self.planner.plan(self.target, timesteps)
-                if self.planner
+                if self.planner and few
                 else spread(stream_of(self._plan, 0), timesteps)
             )
             self._plans[timesteps] = plan

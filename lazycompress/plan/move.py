@@ -15,6 +15,10 @@ from .price import Ints
 Reach = Callable[[Sequence[float]], Floats]
 
 
+#: Calls that plans are made for, at most: what is looked at grows with their square.
+MOST_CALLS = 2048
+
+
 def moved(
     calibration: Calibration,
     timesteps: Sequence[float] | None,
@@ -31,12 +35,15 @@ def moved(
         reach: of the sampler that makes them; left out, that of the calibration, by step size.
 
     Raises:
-        InputError: timesteps that are not finite, a stream that is unknown, or a reach of another length.
+        InputError: timesteps that are not finite or more than `MOST_CALLS`, a stream that is unknown, or a reach of another
+            length.
     """
     own = timesteps is None or tuple(timesteps) == calibration.timesteps
     times = np.array(calibration.timesteps if timesteps is None else timesteps, dtype=np.float64)
     if not len(times) or not np.isfinite(times).all():
         raise InputError("plans are for one timestep or more, all of them finite numbers")
+    if len(times) > MOST_CALLS:
+        raise InputError(f"plans are for at most {MOST_CALLS} calls of an image; there were {len(times)}")
     if streams is None:
         streams = calibration.streams if own else (calibration.streams[0],) * len(times)
     if len(streams) != len(times):

@@ -303,7 +303,11 @@ TRIES = [
         lambda folder: _load(made.gates(folder), nn.Identity(), strict=False),
         "do not fit",
     ),
-    Try("gates: for no model", lambda folder: lazycompress.load(7, made.gates(folder)), "nn.Module; there was int"),  # type: ignore[arg-type]
+    Try(
+        "gates: for no model",
+        lambda folder: lazycompress.load(7, made.gates(folder)),
+        "diffusers pipeline; there was int",
+    ),  # type: ignore[arg-type]
     Try("gates: of other weights", _other_weights, "other weights of DiT.*strict=False"),
     Try("gates: of an empty folder", lambda folder: _load(folder), "gates.safetensors is missing"),
     Try("gates: of no folder", lambda folder: _load(folder / "nothing"), "gates.safetensors is missing"),
