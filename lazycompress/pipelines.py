@@ -15,7 +15,7 @@ from .errors import ExportError, InputError
 from .export.card import Granularity, Weights
 from .export.folder import export as export_model
 from .graph.call import ExampleInputs
-from .lazy.attach import Handle
+from .lazy.attach import Handle, handle_of
 from .lazy.model import LazyModule
 from .lazy.usage import CallSummary
 from .recipe import Recipe
@@ -296,9 +296,9 @@ def export(
 
 def _is_model(found: Any) -> bool:
     """Whether it is a model, or what is lazy about one, and no pipeline."""
-    return isinstance(found, LazyModel | LazyModule | Handle) or (
-        isinstance(found, nn.Module) and kind_of(found) is None
-    )
+    if isinstance(found, LazyModel | LazyModule | Handle) or handle_of(found) is not None:
+        return True
+    return isinstance(found, nn.Module) and kind_of(found) is None
 
 
 def _diffusers() -> PipelineKind:

@@ -226,6 +226,10 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
         InputError: the folder holds none for any of the pipeline's denoisers, or these run in files.
         ExportError: what it holds is broken, or of another model.
     """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise InputError(
+            f"gates are loaded for an nn.Module or a diffusers pipeline; there was {type(pipeline).__name__}"
+        )
     graphs: dict[str, LazyDenoiser] = {}
     plans: dict[str, tuple[nn.Module, Loaded]] = {}
     names = denoisers(pipeline)
