@@ -226,7 +226,7 @@ def test_the_planner_prices_a_parabola_through_the_last_three_computations() -> 
     assert planner_of(effects, times, 1).predicted(schedule) > 1e4
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.slow(seconds=10))])
 def test_effects_around_a_schedule_predict_what_one_more_forecast_does(order: int) -> None:
     schedule = (torch.arange(STEPS) % 3 == 2).unsqueeze(1).expand(STEPS, 12).clone()
     lazy = following(schedule, order)

@@ -64,6 +64,7 @@ def test_the_wheel_holds_the_package_the_shim_and_nothing_else(wheel: Path) -> N
     assert in_wheel == expected | {"lazycompress/integrations/__init__.py"}
 
 
+@pytest.mark.slow(seconds=12)
 def test_an_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

@@ -270,6 +270,7 @@ def test_one_decision_a_batch_is_one_for_all_of_its_samples(lazy: LazyModel, who
     assert alone_mixed > 0, "samples that decide for themselves differ on these calls"
 
 
+@SLOW
 def test_another_size_is_refused(onnx_runner: OnnxRunner, explicit_runner: OpenVINORunner) -> None:
     """A file made for one size does not return another one's numbers."""
     inputs = small_inputs(2, 980) | {"hidden_states": torch.zeros(2, 1, 16, 16)}
@@ -332,6 +333,7 @@ def test_async_calls_of_two_requests_in_turn(lazy: LazyModel, compiled: ov.Compi
             np.testing.assert_allclose(request.get_tensor("sample").data, expected, rtol=0, atol=1e-4)
 
 
+@SLOW
 def test_onnx_runners_in_parallel_keep_their_own_state(onnx_runner: OnnxRunner) -> None:
     def image(runner: OnnxRunner, number: int) -> Tensor:
         return torch.stack([runner(**small_inputs(1 + number, t, number, number)).sample for t in TIMES[::5]])

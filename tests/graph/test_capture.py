@@ -150,7 +150,7 @@ def test_the_model_is_left_as_it_is(fails: bool, training: bool) -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("called_before", [pytest.param(False, marks=pytest.mark.slow(seconds=10)), True])
 def test_the_model_runs_after_capture_as_before(called_before: bool) -> None:
     wanted = dense(built(Remembers)(), inputs())
     model = built(Remembers)()
@@ -289,6 +289,7 @@ class Experts(nn.Module):
         return out.reshape(x.shape)
 
 
+@pytest.mark.slow(seconds=10)
 def test_experts_read_on_the_host_run_untraced_inside_their_branch(
     lively_gates: MakeGates, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -83,7 +83,7 @@ def picture() -> LazyModel:
 
 @pytest.fixture(
     scope="module",
-    params=["openvino", *(pytest.param(name, marks=pytest.mark.slow(seconds=20)) for name in ("onnx", "explicit"))],
+    params=[pytest.param(name, marks=pytest.mark.slow(seconds=20)) for name in ("openvino", "onnx", "explicit")],
 )
 def runner(request: pytest.FixtureRequest, picture: LazyModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sizes") / "out"

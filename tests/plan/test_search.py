@@ -158,7 +158,7 @@ def test_what_true_runs_found_is_priced_in(calibration: Calibration) -> None:
     assert predict(wary, free) == pytest.approx(1e6 * predict(calibration, free))
 
 
-@pytest.mark.parametrize("size", [0.5, 8.0])
+@pytest.mark.parametrize("size", [0.5, pytest.param(8.0, marks=pytest.mark.slow(seconds=7))])
 def test_a_learned_calibration_prices_plans_as_true_runs_found_them(size: float) -> None:
     """Whatever the response to small errors says: here, the last calls of the loop are scaled after it."""
     found = learn_plan(Toy(pull=1.0), euler(images=16), 0.4, read=read, progress=False)
