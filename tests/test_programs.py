@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -116,6 +117,24 @@ def test_another_processor_is_followed_and_so_is_a_module_in_the_place_of_one(la
     assert equals_the_model(lazy)
     block: Any = model.transformer_blocks[0]
     block.ff = nn.Sequential(block.ff, nn.LayerNorm(16))
+    assert equals_the_model(lazy)
+
+
+def test_an_adapter_is_followed_scaled_switched_off_and_taken_out(lazy: LazyModel) -> None:
+    model = changed(lazy)
+    dense = image(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+        model.add_adapter(config, adapter_name="a")
+    assert equals_the_model(lazy)
+    assert not torch.equal(image(model)[0], dense[0])
+    model.set_adapters("a", 0.5)
+    assert equals_the_model(lazy)
+    model.disable_adapters()
+    assert equals_the_model(lazy)
+    assert torch.equal(image(model)[0], dense[0])
+    model.delete_adapters("a")
     assert equals_the_model(lazy)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 
@@ -93,7 +94,6 @@ def test_guidance_with_layers_left_out_and_with_perturbed_attention() -> None:
 
 
 def test_an_adapter_that_came_later_acts() -> None:
-    peft = pytest.importorskip("peft")
     pipe, call = make_sd3(), PIPELINES["sd3"].call
     dense = sample(pipe, call)
     learn(pipe, call)
