@@ -56,13 +56,13 @@ def test_locate_takes_positional_inputs_too(digits: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("units", ["calls", "branches"])
-def test_apply_learns_in_the_sampler(digits: nn.Module, units: str) -> None:
+def test_apply_learns_in_the_sampler(short: nn.Module, units: str) -> None:
     def sampler(model: nn.Module) -> Tensor:
         noise = draw_noise(3, int(torch.randint(0, 1000, (1,))))
         return digits_sampler(noise, torch.arange(3), 6)(model)
 
     lazy = lazycompress.apply(
-        digits, {"target": 0.8, "units": units, "train": {"effort": 0.25}}, sampler=sampler, progress=False
+        short, {"target": 0.8, "units": units, "train": {"effort": 0.25}}, sampler=sampler, progress=False
     )
     with torch.no_grad():
         assert sampler(lazy).shape == (3, 1, 8, 8)
@@ -93,16 +93,16 @@ def test_missing_inputs_are_one_line(digits: nn.Module, inputs: dict[str, object
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_to_learn_on_says_what_to_pass(digits: nn.Module) -> None:
+def test_nothing_to_learn_on_says_what_to_pass(short: nn.Module) -> None:
     with pytest.raises(LazyCompressError, match="pass sampler="):
-        lazycompress.apply(digits, "lazy_dit.yaml", example_inputs=INPUTS)
+        lazycompress.apply(short, "lazy_dit.yaml", example_inputs=INPUTS)
     with pytest.raises(LazyCompressError, match="pass example_inputs= or sampler="):
-        lazycompress.apply(digits, {"train": {"enabled": False}})
+        lazycompress.apply(short, {"train": {"enabled": False}})
 
 
-def test_a_sampler_that_never_calls_the_model_is_one_line(digits: nn.Module) -> None:
+def test_a_sampler_that_never_calls_the_model_is_one_line(short: nn.Module) -> None:
     with pytest.raises(LazyCompressError, match="without calling the model"):
-        lazycompress.apply(digits, sampler=lambda model: torch.zeros(1, 1, 8, 8))
+        lazycompress.apply(short, sampler=lambda model: torch.zeros(1, 1, 8, 8))
 
 
 def test_what_is_neither_a_model_nor_a_pipeline_is_one_line() -> None:
@@ -112,11 +112,11 @@ def test_what_is_neither_a_model_nor_a_pipeline_is_one_line() -> None:
         lazycompress.apply(SimpleNamespace(transformer=None))
 
 
-def test_untrained_gates_compute_everything(digits: nn.Module) -> None:
-    lazy = lazycompress.apply(digits, {"train": {"enabled": False}}, example_inputs=INPUTS)
+def test_untrained_gates_compute_everything(short: nn.Module) -> None:
+    lazy = lazycompress.apply(short, {"train": {"enabled": False}}, example_inputs=INPUTS)
     sample = digits_sampler(draw_noise(2), torch.arange(2), 5)
     with torch.no_grad():
-        assert torch.equal(sample(lazy), sample(digits))
+        assert torch.equal(sample(lazy), sample(short))
     assert lazy.summary().skip_ratio == 0
 
 

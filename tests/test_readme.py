@@ -28,8 +28,17 @@ def test_there_is_a_quick_start_for_each_audience() -> None:
     assert all(len(start.blocks) >= 2 for start in STARTS.values())
 
 
-@pytest.mark.slow(seconds=60)
-@pytest.mark.parametrize("start", [pytest.param(start, id=name) for name, start in STARTS.items()])
+#: The others are marked slow.
+QUICK = "diffusers"
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(start, id=name, marks=[] if name == QUICK else pytest.mark.slow(seconds=60))
+        for name, start in STARTS.items()
+    ],
+)
 def test_a_quick_start_runs_as_written(start: QuickStart, tmp_path: Path) -> None:
     pytest.importorskip(NEEDS[start.audience])
     prepare(start, tmp_path)

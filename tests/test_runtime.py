@@ -29,8 +29,8 @@ def call(batch: int, timestep: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def captured(digits: nn.Module) -> LazyModel:
-    return wrap(digits, (), call(2, 980))
+def captured(short: nn.Module) -> LazyModel:
+    return wrap(short, (), call(2, 980))
 
 
 @pytest.fixture
@@ -49,22 +49,22 @@ def trajectory(model: nn.Module, batch: int, steps: int = 12, seed: int = 0, fir
         return digits_sampler(noise, labels, steps)(model)
 
 
-def test_it_looks_like_the_original(lazy: LazyModel, digits: nn.Module) -> None:
-    assert lazy.config is digits.config
+def test_it_looks_like_the_original(lazy: LazyModel, short: nn.Module) -> None:
+    assert lazy.config is short.config
     assert lazy.dtype is torch.float32
     assert lazy.device.type == "cpu"
     inputs = call(2, 980)
     with torch.no_grad():
-        assert type(lazy(**inputs)) is type(digits(**inputs))
+        assert type(lazy(**inputs)) is type(short(**inputs))
         assert isinstance(lazy(**inputs, return_dict=False), tuple)
         positional = lazy(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"]).sample
     assert positional.shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_policy_compute_equals_the_original_bit_for_bit(lazy: LazyModel, digits: nn.Module, batch: int) -> None:
+def test_policy_compute_equals_the_original_bit_for_bit(lazy: LazyModel, short: nn.Module, batch: int) -> None:
     lazy.policy = "compute"
-    assert torch.equal(trajectory(lazy, batch), trajectory(digits, batch))
+    assert torch.equal(trajectory(lazy, batch), trajectory(short, batch))
     assert lazy.summary().skip_ratio == 0.0
     assert lazy.summary().macs_ratio == 1.0
 
@@ -85,9 +85,9 @@ def test_reused_branches_are_not_executed(lazy: LazyModel) -> None:
     lazy.policy = "reuse"
     with torch.no_grad():
         lazy(**call(2, 980))
-        assert runs == list(range(12))
+        assert runs == list(range(len(lazy.branches)))
         lazy(**call(2, 960))
-    assert runs == list(range(12))
+    assert runs == list(range(len(lazy.branches)))
 
 
 def test_lowered_graph_equals_the_flat_graph_decision_for_decision(lazy: LazyModel) -> None:
@@ -104,7 +104,7 @@ def test_lowered_graph_equals_the_flat_graph_decision_for_decision(lazy: LazyMod
         torch.testing.assert_close(flat[0], low[0], rtol=0, atol=2e-6)
         state, kept = list(flat[1:-1]), list(low[1:-1])
         seen += int(flat[-1].sum())
-    assert 0.2 < seen / (14 * 12 * 4) < 0.8
+    assert 0.2 < seen / (14 * len(lazy.branches) * 4) < 0.8
 
 
 def test_batch_equals_singles_decision_for_decision(lazy: LazyModel) -> None:
@@ -138,10 +138,10 @@ steps = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(steps)
 def test_any_sequence_of_calls_equals_a_model_that_sees_only_its_own_image(
-    digits: nn.Module, sequence: list[tuple[int, int, int, bool]]
+    short: nn.Module, sequence: list[tuple[int, int, int, bool]]
 ) -> None:
     """Interrupted runs, other prompts, other batch sizes, repeated steps: nothing of one image reaches the next."""
-    lazy = _cached(digits)
+    lazy = _cached(short)
     lazy.policy = "reuse"
     lazy.reset()
     images: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # what each image under way has seen
@@ -157,7 +157,7 @@ def test_any_sequence_of_calls_equals_a_model_that_sees_only_its_own_image(
         images[batch, seed] = [*past, (batch, timestep, seed)]
         with torch.no_grad():
             found = lazy(**call(batch, timestep, seed)).sample
-            alone = _alone(digits)
+            alone = _alone(short)
             alone.policy = "reuse"
             alone.reset()
             for seen in images[batch, seed]:
@@ -168,27 +168,27 @@ def test_any_sequence_of_calls_equals_a_model_that_sees_only_its_own_image(
 _models: dict[str, LazyModel] = {}
 
 
-def _cached(digits: nn.Module, name: str = "one") -> LazyModel:
+def _cached(short: nn.Module, name: str = "one") -> LazyModel:
     if name not in _models:
-        _models[name] = wrap(digits, (), call(2, 980))
+        _models[name] = wrap(short, (), call(2, 980))
     return _models[name]
 
 
-def _alone(digits: nn.Module) -> LazyModel:
-    return _cached(digits, "alone")
+def _alone(short: nn.Module) -> LazyModel:
+    return _cached(short, "alone")
 
 
-def test_the_original_is_left_as_it_is(digits: nn.Module) -> None:
-    before = {name: value.clone() for name, value in digits.state_dict().items()}
-    modules = [type(m) for m in digits.modules()]
-    wrap(digits, (), call(2, 980))
-    assert [type(m) for m in digits.modules()] == modules
-    assert all(torch.equal(before[name], value) for name, value in digits.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in digits.modules())
+def test_the_original_is_left_as_it_is(short: nn.Module) -> None:
+    before = {name: value.clone() for name, value in short.state_dict().items()}
+    modules = [type(m) for m in short.modules()]
+    wrap(short, (), call(2, 980))
+    assert [type(m) for m in short.modules()] == modules
+    assert all(torch.equal(before[name], value) for name, value in short.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in short.modules())
 
 
-def test_weights_are_shared_not_copied(lazy: LazyModel, digits: nn.Module) -> None:
-    own = {p.data_ptr() for p in digits.parameters()}
+def test_weights_are_shared_not_copied(lazy: LazyModel, short: nn.Module) -> None:
+    own = {p.data_ptr() for p in short.parameters()}
     program = lazy.program(lazy.example)
     used = {p.data_ptr() for n, p in program.lowered.graph_module.named_parameters() if "lazy_gates" not in n}
     assert used <= own

@@ -81,6 +81,11 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
     times, streams = tuple(c.timestep for c in watch.calls), tuple(c.stream for c in watch.calls)
     if not recipe.train.enabled:
         return Engine(watch.reader, Plan(times, (True,) * len(times), recipe.forecast, streams)), None
+    if len(watch.batches) > 1:
+        raise InputError(
+            f"the sampler calls {watch.reader.model} with batches of {sorted(watch.batches)} in one run, and a plan is learned "
+            "with one: learn without the calls of another size (skip-layer guidance), and sample with them then"
+        )
     train, guards = recipe.train, recipe.guards
     least = len(set(streams)) / len(times)
     target = _timed(watch, sampler, recipe, least) if recipe.goal in ("speedup", "seconds") else recipe.targets[0]

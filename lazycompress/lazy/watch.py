@@ -56,6 +56,7 @@ class Watch:
         inner: calls the model itself.
         reader: reads the calls; after the run it knows what moves.
         calls: timestep and stream of each.
+        batches: sizes that they had.
         example: arguments of the first call.
     """
 
@@ -63,6 +64,7 @@ class Watch:
         self.inner, self.reader = inner, reader
         self.calls: list[Reading] = []
         self.example: tuple[Sequence[Any], dict[str, Any]] | None = None
+        self.batches: set[int] = set()
         self._turns = Turns()
         self._before: list[Call] = []
         self._now: list[Call] = []
@@ -89,6 +91,7 @@ class Watch:
         call = self.reader.read(args, kwargs)
         if self.example is None:
             self.example = args, dict(kwargs)
+        self.batches.add(call.batch)
         with torch.no_grad():
             reading = self._turns.see(call)
             if self.calls and reading.timestep != self.calls[-1].timestep:

@@ -71,6 +71,12 @@ def test_guidance_with_layers_left_out_and_with_perturbed_attention() -> None:
         set_policy(pipe, "compute")
         assert torch.equal(sample(pipe, call, **layers), dense)
 
+    with pytest.raises(
+        LazyCompressError, match=r"batches of \[2, 4\] in one run.*learn without the calls of another size"
+    ):
+        lazycompress.apply(pipe, {}, call_kwargs={**call, **layers, "num_inference_steps": STEPS}, progress=False)
+    assert torch.equal(sample(pipe, call, **layers), dense)
+
     call = PIPELINES["pixart"].call
 
     def perturbed(parts: dict[str, Any]) -> Any:

@@ -26,8 +26,8 @@ def sampler(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def lazy(digits: nn.Module) -> LazyModule:
-    made: LazyModule = lazycompress.apply(digits, {"train": {"effort": 0.1}}, sampler=sampler, progress=False)
+def lazy(short: nn.Module) -> LazyModule:
+    made: LazyModule = lazycompress.apply(short, {"train": {"effort": 0.1}}, sampler=sampler, progress=False)
     return made
 
 
@@ -37,15 +37,15 @@ def run(model: nn.Module) -> Tensor:
         return sampler(model)
 
 
-def test_what_is_saved_is_followed(lazy: LazyModule, digits: nn.Module, tmp_path: Path) -> None:
+def test_what_is_saved_is_followed(lazy: LazyModule, short: nn.Module, tmp_path: Path) -> None:
     lazycompress.save(lazy, tmp_path / "plan")
-    again = lazycompress.load(digits, tmp_path / "plan")
+    again = lazycompress.load(short, tmp_path / "plan")
     assert isinstance(again, LazyModule)
     assert torch.equal(run(again), run(lazy))
-    assert not torch.equal(run(lazy), run(digits))
+    assert not torch.equal(run(lazy), run(short))
     assert again.set_target(0.25) == pytest.approx(0.25)
     with pytest.raises(LazyCompressError, match="is not lazy"):
-        lazycompress.save(digits, tmp_path / "nothing")
+        lazycompress.save(short, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 

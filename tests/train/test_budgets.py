@@ -20,6 +20,7 @@ from lazycompress.sampling import build_sampler
 from lazycompress.train.budget import Budget
 from lazycompress.train.latents import RealLatents
 from lazycompress.train.paper import _distance, set_threshold
+from tests.conftest import two_blocks
 
 QUICK = {"units": "branches", "train.effort": 0.1, "sampling.steps": 10, "sampling.batch": 4}
 PAPER = {**QUICK, "train.method": "paper", "forecast": 0, "guards.max_reuse": 1000}
@@ -137,9 +138,7 @@ def test_what_cannot_be_is_one_line(short: nn.Module, overrides: dict[str, objec
 
 @pytest.fixture(scope="module")
 def dynamic() -> LazyModel:
-    from lazycompress.integrations.digits.model import load_bundled
-
-    lazy: LazyModel = lazycompress.apply(load_bundled(), "digits_dit.yaml", overrides=PAPER, progress=False)
+    lazy: LazyModel = lazycompress.apply(two_blocks(), "digits_dit.yaml", overrides=PAPER, progress=False)
     return lazy
 
 

@@ -111,8 +111,8 @@ def test_one_process_needs_no_accelerate(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
-def lazy(digits: nn.Module) -> LazyModel:
-    return learn(digits, {**QUICK, "train.enabled": False})
+def lazy(short: nn.Module) -> LazyModel:
+    return learn(short, {**QUICK, "train.enabled": False})
 
 
 def kept_bytes(lazy: LazyModel, overrides: dict[str, Any]) -> tuple[int, Tensor]:
