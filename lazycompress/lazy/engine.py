@@ -38,7 +38,8 @@ class Planner(Protocol):
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
         """A plan that computes at most `target` of the calls, each stream being called at these timesteps.
 
-        Left out, they are those that were learned at.
+        Left out, they are those that were learned at. Of a few calls more may have to compute: the first of each stream, and
+        those that guards name.
         """
         ...
 
@@ -130,8 +131,13 @@ class Engine:
         if self.planner is None:
             raise LazyCompressError("set_target: this plan came without a calibration; apply the recipe again")
         own = None if timesteps is None else tuple(float(t) for t in timesteps)
-        self.plan = self.planner.plan(float(target), own)
-        self.target = float(target)
+        plan = self.planner.plan(float(target), own)
+        if own is not None and plan.share > target:
+            raise LazyCompressError(
+                f"set_target: {sum(plan.computes)} of {len(plan.computes)} calls compute always, which is {plan.share:.0%}: "
+                f"{target:g} cannot be met"
+            )
+        self.plan, self.target = plan, float(target)
         return self.plan.share
 
     def reset(self) -> None:

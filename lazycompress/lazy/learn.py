@@ -19,7 +19,7 @@ from ..plan.learn import Learned, PlanReport, learn_plan
 from ..plan.plan import Plan, dense
 from ..plan.record import Reading
 from ..plan.search import Guards as Ends
-from ..plan.search import plan_for
+from ..plan.search import least_share, plan_for
 from ..recipe import Guards, Recipe
 from ..sampling import Sampler
 from .attach import Handle, attach, detach, nothing_around
@@ -50,12 +50,14 @@ class Search:
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
         """See `Planner.plan`."""
+        guards = Ends(self.guards.warmup_steps, self.guards.last_steps, self.guards.max_reuse)
         times, streams = None, None
         if timesteps is not None:
             times, streams = in_turns(timesteps, max(self.calibration.streams) + 1)
+            target = max(target, least_share(streams, guards))
         return plan_for(
             self.calibration, target, times, streams=streams, orders=orders_of(self.forecast),
-            first=self.guards.warmup_steps, last=self.guards.last_steps, max_reuse=self.guards.max_reuse,
+            first=guards.first, last=guards.last, max_reuse=guards.max_reuse,
         )  # fmt: skip
 
 

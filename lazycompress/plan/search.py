@@ -15,7 +15,7 @@ from .move import Reach, moved
 from .plan import Plan, even
 from .price import Bools, Ints, Pricing
 
-__all__ = ["Guards", "Reach", "plan_for", "plans_for", "predict"]
+__all__ = ["Guards", "Reach", "least_share", "plan_for", "plans_for", "predict"]
 
 #: Chains of each order that look at once.
 CHAINS = 10
@@ -83,6 +83,12 @@ def plan_for(
     there = moved(calibration, timesteps, streams, reach)
     guards = Guards(first, last, max_reuse)
     return plans_for(there, target, orders=orders, guards=guards, seed=seed)[0]
+
+
+def least_share(streams: Sequence[int], guards: Guards) -> float:
+    """The share of the calls that always compute: the first of each stream, and those of the guards."""
+    fixed = _fixed(np.array(streams, dtype=np.int64), guards)
+    return float(fixed.mean())
 
 
 def predict(calibration: Calibration, plan: Plan, *, reach: Reach | None = None) -> Floats:

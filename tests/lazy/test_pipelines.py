@@ -118,6 +118,23 @@ def test_a_saved_pipeline_is_dense_for_diffusers_and_lazy_for_us(tmp_path: Path)
         assert "\n" not in str(caught.value)
 
 
+def test_runs_too_short_for_the_target_compute_what_they_have_to() -> None:
+    """Guidance in two calls: the first of each computes, and of one step that is all."""
+    pipe, call = make_flux(), PIPELINES["flux"].call
+    short = make_flux()
+    recipe = {"target": 0.5, "train": {"effort": 0.1}, "guards": {"warmup_steps": 2, "last_steps": 2}}
+    lazycompress.apply(pipe, recipe, call_kwargs={**call, "num_inference_steps": STEPS}, progress=False)
+    for steps, skipped in ((1, 0.0), (2, 0.0), (3, 1 / 3), (12, 0.5)):
+        lazycompress.reset(pipe)
+        learned = sample(pipe, call, steps)
+        assert lazycompress.summary(pipe).skip_ratio == pytest.approx(skipped)
+        assert torch.equal(learned, sample(short, call, steps)) == (not skipped)
+    with pytest.raises(
+        LazyCompressError, match=r"set_target: 4 of 4 calls compute always, which is 100%: 0.5 cannot be met"
+    ):
+        lazycompress.set_target(pipe, 0.5, timesteps=[1.0, 0.5])
+
+
 def test_copies_have_images_of_their_own() -> None:
     pipe, call = make_sd3(), PIPELINES["sd3"].call
     learn(pipe, call)
