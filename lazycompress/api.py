@@ -13,6 +13,7 @@ from .errors import InputError, RecipeError
 from .graph.call import ExampleInputs, call_of
 from .graph.capture import capture
 from .graph.located import Branches, located
+from .graph.untouched import untouched
 from .lazy.attach import Handle, handle_of, uncompiled
 from .lazy.engine import Engine
 from .lazy.learn import Search, lazy_module
@@ -146,7 +147,8 @@ def _applied(
         if sampler is None:
             raise InputError("no inputs to capture the model with: pass example_inputs= or sampler=")
         sampling = chosen.sampling
-        example_inputs = build_inputs(model, sampling) if sampling is not None else first_call(model, sampler)
+        with untouched(model):  # the run is cut off, and may have set something that it would have taken back
+            example_inputs = build_inputs(model, sampling) if sampling is not None else first_call(model, sampler)
     return make_lazy(model, example_inputs, chosen, sampler, progress=progress)
 
 

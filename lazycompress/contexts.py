@@ -92,13 +92,14 @@ class States:
         self._made = 0
         self._all.clear()
 
-    def find(self, call: Call, graph: LazyGraph, gates: Gates) -> State:
+    def find(self, call: Call, graph: LazyGraph, gates: Gates, scope: Hashable = None) -> State:
         """The state to run a call with; what no longer takes turns with it is forgotten.
 
-        States of other sizes, of another batch or of another graph never fit.
+        States of other sizes, of another batch, of another graph or of another run of a sampler (its `scope`, where that is
+        known) never fit.
         """
         latents = call.tensors[call.latents]
-        kind = (call.shapes, id(graph))
+        kind = (call.shapes, id(graph), scope)
         timesteps = self.now = timestep_per_sample(call.tensors[graph.timestep], latents)
         prints = fingerprint(
             [call.tensors[i] for i in graph.conditions],

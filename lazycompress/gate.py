@@ -236,6 +236,8 @@ def trend(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], pace: Tensor, s
     """The rates of the polynomial through `fresh` and the computations before it (Newton's divided differences)."""
     # No difference of tensors: OpenVINO makes a sum of it, and that forgets to stay in float32 (see `export.exact`).
     _, last, both, one, two, since = per_row(pace, fresh, scale)
+    # What is of no use here may hold NaN, of an image that went wrong: zero times that is NaN again.
+    cache, *rates = [torch.where(one > 0, old, 0.0) for old in (cache, *rates)]
     if len(rates) == 1:
         return [fresh * one + (cache + rates[0] * last) * -one]
     slope = fresh * one + (cache + (rates[0] + rates[1] * last) * last) * -one

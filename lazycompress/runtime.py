@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -109,12 +109,16 @@ class LazyModel(InPlaceOf):
         threshold = torch.tensor(
             _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
         )
-        state = self._states.find(call, graph, self.gates)
+        state = self._states.find(call, graph, self.gates, self._scope())
         results = self.programs.run(graph, call, [threshold, *state.tensors])
         count = graph.outputs
         state.tensors = [value.detach() for value in results[count:-1]]
         self.usage.add(results[count], results[-1])
         return pytree.tree_unflatten(results[:count], program.captured.output_spec)
+
+    def _scope(self) -> Hashable:
+        """The run of a sampler that a call belongs to; None where nobody knows."""
+        return None
 
     def _as_it_is(self, call: Call, args: Any, kwargs: Any, why: LazyCompressError) -> Any:
         """What the model itself gives for a call that no graph takes; `why` is raised where it does not either."""

@@ -117,6 +117,26 @@ def test_batch_equals_singles_decision_for_decision(lazy: LazyModel) -> None:
     assert 0.0 < of_batch[1:].mean() < 1.0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_went_wrong_does_not_reach_the_next(lazy: LazyModel, value: float) -> None:
+    lazy.set_gates(lazy.gates.like(order=2, static=1))
+    with torch.no_grad():
+        lazy.gates.bias[:] = 3.0  # all alike: outputs are forecast
+        lazy.gates.bias[:, ::2] = -3.0
+    fresh = trajectory(lazy, 2)
+    assert lazy.summary().skip_ratio > 0.2
+    with torch.no_grad():
+        for timestep in (700, 600, 500, 400):
+            lazy(
+                **{
+                    **call(2, timestep),
+                    "hidden_states": torch.full((2, 1, 8, 8), value),
+                    "class_labels": torch.arange(2),
+                }
+            )
+    assert torch.equal(trajectory(lazy, 2), fresh)
+
+
 def test_two_images_in_a_row_equal_two_fresh_starts(lazy: LazyModel) -> None:
     fresh = []
     for seed in (1, 2):

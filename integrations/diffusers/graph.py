@@ -10,12 +10,15 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ...api import make_lazy
+from ...eager import eager
 from ...errors import InputError
+from ...lazy.scopes import Scope
 from ...recipe import Recipe
 from ...runtime import LazyModel
 from ...sampling import Sampler
 from ...storage import save as save_gates
 from .sampling import Arguments, learning_sampler
+from .scopes import PipelineCalls
 
 #: Folder of the gates inside the folder of a saved denoiser.
 GATES_FOLDER = "lazy"
@@ -30,6 +33,13 @@ class LazyDenoiser(LazyModel, ModelMixin):
 
     #: Calls a step, as seen while learning; more than one is guidance in calls that take turns.
     turns: int = 1
+
+    #: Finds the call of a pipeline that calls.
+    _calls = PipelineCalls()
+
+    @eager
+    def _scope(self) -> Scope | None:
+        return self._calls(self)
 
     def save_pretrained(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from ...api import graph_is_needed
 from ...errors import InputError
 from ...files import kind_of, path_of
 from ...graph.insert import is_timestep_name
+from ...graph.untouched import untouched
 from ...lazy.attach import Handle, attach, detach, handle_of, uncompiled
 from ...lazy.learn import learn, unlearned
 from ...lazy.store import PLAN_FILE, Loaded, load_plan
@@ -164,8 +165,11 @@ def example_calls(
     names = denoisers(pipeline)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
+        part = getattr(pipeline, name)
         try:
-            found[name] = first_call(getattr(pipeline, name), sampler or learning_sampler(pipeline, name, arguments))
+            # The run is cut off, and may have set something that it would have taken back, such as other processors.
+            with untouched(part) if isinstance(part, nn.Module) else nullcontext():
+                found[name] = first_call(part, sampler or learning_sampler(pipeline, name, arguments))
         except NotCalledError:
             continue  # a second denoiser that this call does not use
     if not found:

@@ -169,6 +169,20 @@ def test_in_torch_one_branch_gives_what_each_by_itself_gives(together: LazyModel
     assert 0.2 < float(outputs[1].mean()) < 0.8
 
 
+def test_an_image_that_went_wrong_does_not_reach_the_next(
+    together_file: tuple[Callable[[], File], float],
+) -> None:
+    file = together_file[0]()
+
+    def image() -> list[Tensor]:
+        return [file(small_inputs(2, time, seed))[0] for seed, time in enumerate(TIMES[:20])]
+
+    fresh = image()
+    for time in (400, 380, 360, 340):
+        file(small_inputs(2, time) | {"hidden_states": torch.full((2, 1, 8, 8), float("nan"))})
+    assert all(torch.equal(a, b) for a, b in zip(image(), fresh, strict=True))
+
+
 @pytest.mark.slow(seconds=20)
 @pytest.mark.parametrize("gates", ["together", "steady"])
 def test_forecasts_lose_no_digits_under_a_bf16_hint(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtSigmaPAGPipeline, StableDiffusion3Img2ImgPipeline
 
 import lazycompress
 from lazycompress import LazyCompressError
@@ -21,7 +21,7 @@ from lazycompress.integrations.diffusers import (
     load_lazy,
     set_policy,
 )
-from tests.pipelines import PIPELINES, make_dit, make_wan
+from tests.pipelines import PIPELINES, make_dit, make_pixart, make_wan, quiet
 
 STEPS = 6
 
@@ -301,6 +301,49 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     assert type(pipe.transformer).__name__ == "DiTTransformer2DModel"
     assert not hasattr(pipe.vae, "__wrapped__")
     assert "decode" not in vars(pipe.vae)
+
+
+def test_a_run_is_an_image_whatever_was_before_it() -> None:
+    """The second one begins below the last timestep of the first: by timesteps alone it would go on with it."""
+    pipe, _ = make_lazy("sd3")
+    set_policy(pipe, "reuse")
+    call = PIPELINES["sd3"].call
+
+    def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 1
+        return values
+
+    other = quiet(StableDiffusion3Img2ImgPipeline(**pipe.components))
+    picture = {"image": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "strength": 0.5}
+    fresh = sample(other, {**call, **picture})
+    lazycompress.reset(pipe)
+    sample(pipe, call, callback_on_step_end=stop)
+    assert np.array_equal(sample(other, {**call, **picture}), fresh)
+
+
+def test_guidance_that_sets_processors_leaves_them_as_they_were() -> None:
+    parts = make_pixart().components
+    names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    pipe = quiet(PixArtSigmaPAGPipeline(**{name: parts[name] for name in names}, pag_applied_layers=["blocks.0"]))
+    call = PIPELINES["pixart"].call
+    before = pipe.transformer.attn_processors
+    images = {scale: sample(pipe, call, pag_scale=scale) for scale in (0.0, 3.0)}
+    plan = {"units": "branches", "train": {"enabled": False}}
+    lazycompress.apply(pipe, plan, call_kwargs={**call, "num_inference_steps": STEPS, "pag_scale": 3.0}, progress=False)
+    assert pipe.transformer.model.attn_processors == before
+    set_policy(pipe, "compute")
+    for scale in (3.0, 0.0, 3.0):
+        assert np.array_equal(sample(pipe, call, pag_scale=scale), images[scale])
+
+
+def test_gradients_that_are_switched_off_are_no_hindrance() -> None:
+    pipe = make_dit()
+    recipe = {"target": 0.6, "units": "branches", "train": {"effort": 0.1}}
+    with torch.no_grad():
+        lazycompress.apply(
+            pipe, recipe, call_kwargs={**PIPELINES["dit"].call, "num_inference_steps": 4}, progress=False
+        )
+    assert pipe.transformer.training_report is not None
 
 
 def test_a_failure_leaves_the_pipeline_as_it_was() -> None:
