@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Restore attributes, containers and plain objects in attributes, buffers, and memoised functions of every module."""
+    """Restore attributes, containers and plain objects in attributes, buffers, memoised functions, and where weights lie."""
     attributes = [(vars(owner), dict(vars(owner))) for owner in [*model.modules(), *_helpers(model)]]
     values = [value for _, before in attributes for value in before.values()]
     containers = [(value, _contents(value)) for value in values if isinstance(value, dict | list | set)]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    places = [(weight, weight.data) for weight in (*model.parameters(), *model.buffers())]
     memoised = [(function, function.cache_info().misses) for function in _memoised(model)]
     try:
         yield
@@ -32,6 +33,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 now.update(before)
         for value, held in containers:
             _refill(value, held)
+        for weight, data in places:
+            if not _lies_at(weight, data):
+                weight.data = data
         with torch.no_grad():
             for buffer, version, contents in buffers:
                 if buffer._version != version:
@@ -39,6 +43,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for function, misses in memoised:
             if function.cache_info().misses != misses:
                 function.cache_clear()
+
+
+def _lies_at(weight: Tensor, data: Tensor) -> bool:
+    """Whether a weight has the storage of `data`; hooks that offload give it others, and while tracing some that are none."""
+    try:
+        return weight.device == data.device and weight.data_ptr() == data.data_ptr()
+    except (RuntimeError, NotImplementedError):  # weights of a kind of their own have no address
+        return isinstance(weight.data, type(data))
 
 
 def _helpers(model: nn.Module) -> list[Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPAGPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers.hooks import apply_group_offloading
 
 import lazycompress
 from lazycompress import LazyCompressError
@@ -21,7 +22,7 @@ from lazycompress.integrations.diffusers import (
     load_lazy,
     set_policy,
 )
-from tests.pipelines import PIPELINES, make_dit, make_pixart, make_wan, quiet
+from tests.pipelines import PIPELINES, make_dit, make_pixart, make_sd3, make_wan, quiet
 
 STEPS = 6
 
@@ -334,6 +335,16 @@ def test_guidance_that_sets_processors_leaves_them_as_they_were() -> None:
     set_policy(pipe, "compute")
     for scale in (3.0, 0.0, 3.0):
         assert np.array_equal(sample(pipe, call, pag_scale=scale), images[scale])
+
+
+def test_a_capture_that_fails_leaves_offloaded_weights_where_they_were() -> None:
+    pipe, call = make_sd3(), PIPELINES["sd3"].call
+    place = torch.device("cpu")
+    apply_group_offloading(pipe.transformer, onload_device=place, offload_device=place, offload_type="leaf_level")
+    dense = sample(pipe, call)
+    with pytest.raises(LazyCompressError, match="cannot capture"):
+        lazycompress.apply(pipe, {"units": "branches"}, call_kwargs={**call, "num_inference_steps": 2}, progress=False)
+    assert np.array_equal(sample(pipe, call), dense)
 
 
 def test_gradients_that_are_switched_off_are_no_hindrance() -> None:
