@@ -51,7 +51,8 @@ def mixing_of(tape: Tape, denoise: Denoise, sampler: Sampler) -> Mixing:
     images, many = samples.shape
     jobs = [(call, q) for call in range(len(tape.outputs)) for q in range(many)]
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(_counted(tape.value(0), tape.final).shape[1:], generator=generator)
+    # Float32 whatever a program has made torch's default, here and below.
+    direction = torch.randn(_counted(tape.value(0), tape.final).shape[1:], generator=generator, dtype=torch.float32)
     base = play_back(tape, denoise, sampler).double()
     effects: list[Tensor] = []
     for begin in range(0, len(jobs), images):
@@ -96,7 +97,7 @@ def _samples(tape: Tape, denoise: Denoise, sampler: Sampler) -> npt.NDArray[np.i
         return apart
     # Change the second sample at all calls: it belongs to the second image, unless the samples of an image are neighbours.
     changed = {}
-    direction = torch.ones(_counted(tape.value(0), tape.final).shape[1:])
+    direction = torch.ones(_counted(tape.value(0), tape.final).shape[1:], dtype=torch.float32)
     for call in range(len(tape.outputs)):
         changed[call] = tape.value(call).clone()
         _ = _change(changed[call], 1, direction, tape.final)

@@ -135,6 +135,26 @@ def test_runs_too_short_for_the_target_compute_what_they_have_to() -> None:
         lazycompress.set_target(pipe, 0.5, timesteps=[1.0, 0.5])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_is_no_hindrance(dtype: torch.dtype) -> None:
+    """Programs set one to load in half precision."""
+    pipe, call = make_sd3(), PIPELINES["sd3"].call
+    if dtype is torch.bfloat16:
+        pipe.to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        dense = sample(pipe, call)
+        recipe = {"target": 0.5, "train": {"effort": 0.1}}
+        lazycompress.apply(pipe, recipe, call_kwargs={**call, "num_inference_steps": STEPS}, progress=False)
+        learned = sample(pipe, call)
+        assert lazycompress.summary(pipe).skip_ratio == pytest.approx(0.5)
+        assert bool(torch.isfinite(learned).all())
+        set_policy(pipe, "compute")
+        assert torch.equal(sample(pipe, call), dense)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_copies_have_images_of_their_own() -> None:
     pipe, call = make_sd3(), PIPELINES["sd3"].call
     learn(pipe, call)
