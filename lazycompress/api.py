@@ -84,6 +84,12 @@ def apply(
         LazyCompressError: the recipe, the inputs or the model are at fault; one line says what to do.
     """
     chosen = load_recipe(recipe, overrides)
+    if kind_of(model_or_pipeline) is None and (
+        handle_of(model_or_pipeline) is not None or isinstance(model_or_pipeline, LazyModule)
+    ):
+        raise InputError(
+            f"{type(model_or_pipeline).__name__} is lazy already: apply takes the dense module, or the pipeline"
+        )
     if calibration is not None:
         return _started(model_or_pipeline, chosen, calibration)
     sampler = checked(sampler) if sampler is not None else None
@@ -102,12 +108,14 @@ def _started(model_or_pipeline: Any, chosen: Recipe, folder: str | Path) -> Any:
     searches = {n: Search(p.search.calibration, chosen.forecast, chosen.guards) for n, p in presets(folder).items()}
     plans = {name: search.plan(target) for name, search in searches.items()}
     for plan in plans.values():
-        if plan.share > target:
+        if plan.share > target + 1e-9:
             raise RecipeError(f"target {target:g}: {plan.share:.0%} of the calls compute always: raise the target")
     lazy = load(model_or_pipeline, folder)
     parts: dict[str, Any] = {"": lazy} if isinstance(lazy, LazyModule) else dict(lazy_parts(lazy))
     for name, part in parts.items():
         own = name if name in searches else ""
+        if own not in searches:
+            raise InputError(f"{folder} holds a calibration for {', '.join(searches)}, and none for {name}")
         part.engine = Engine(part.engine.reader, plans[own], searches[own], target)
         part.recipe = chosen
     return lazy
@@ -127,8 +135,6 @@ def _applied(
         return kind.apply(model_or_pipeline, chosen, sampler=sampler, call_kwargs=call_kwargs, progress=progress)
     model = model_or_pipeline
     _ = signature_of(model)
-    if handle_of(model) is not None or isinstance(model, LazyModule):
-        raise InputError(f"{type(model).__name__} is lazy already: apply takes the dense module, or the pipeline")
     if sampler is None and chosen.sampling is not None:
         sampler = build_sampler(chosen.sampling)
     if sampler is None and chosen.train.enabled:

@@ -117,6 +117,9 @@ class Programs:
             CaptureError, LocateError: it cannot be captured, or has other branches.
         """
         self._notice(call)
+        return self._found(call)
+
+    def _found(self, call: Call) -> Program:
         programs = self._made.setdefault(call.key, [])
         for program in programs:
             if program.captured.serves(call):
@@ -142,7 +145,8 @@ class Programs:
         kind = (call.key, call.shapes)
         found: Program | LazyCompressError
         try:
-            found = self._dense.get(kind) or self.of(call)
+            self._notice(call)
+            found = self._dense.get(kind) or self._found(call)
         except NoGraphError as error:
             found = error
         except (CaptureError, LocateError) as error:

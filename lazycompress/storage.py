@@ -37,40 +37,21 @@ Learned = LazyModel | LazyModule | Handle
 
 
 def save(lazy: Learned | nn.Module, directory: str | Path, *, overwrite: bool | None = None) -> Path:
-    """Write the gates or the plan of a lazy model; the model's own weights are not written.
-
-    Args:
-        lazy: the model, or a lazy pipeline's own denoiser.
-        directory: where to: a folder that is free or empty, or that holds gates or a plan. Anything else is left alone.
-        overwrite: what happens to what is there: True replaces it, False never does; None does if it is of this kind of
-            model, with these branches, so that a loop can save again and again.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ExportError: the folder is not ours to replace, or cannot be written; or the gates hold NaN.
-        InputError: the model is not lazy.
-    """
-    lazy = lazy_of(lazy)
-    _need_finite(lazy)
-    place = place_of(directory)
-    replaces = _is_of(lazy, place) if overwrite is None else overwrite
-    with whole_folder(place, GATES, replaces) as folder:
-        _write(lazy, folder)
-    return Path(directory)
+    """`lazycompress.save` of one model, or of a lazy pipeline's own denoiser."""
+    return save_parts({"": lazy}, directory, overwrite=overwrite)
 
 
 def save_parts(
     models: Mapping[str, Learned | nn.Module], directory: str | Path, *, overwrite: bool | None = None
 ) -> Path:
-    """`save` for the denoisers of one pipeline: of several, each into a folder of its name."""
+    """The same of the denoisers of one pipeline: of several, each into a folder of its name."""
     parts = {name: lazy_of(model) for name, model in models.items()}
-    if len(parts) == 1:
-        return save(next(iter(parts.values())), directory, overwrite=overwrite)
+    for lazy in parts.values():
+        _need_finite(lazy)
     place = place_of(directory)
-    replaces = all(_is_of(lazy, place / name) for name, lazy in parts.items()) if overwrite is None else overwrite
-    with whole_folder(place, GATES, replaces) as folder:
+    if overwrite is None:
+        overwrite = all(_is_of(lazy, place / name if len(parts) > 1 else place) for name, lazy in parts.items())
+    with whole_folder(place, GATES, overwrite) as folder:
         save_all(parts, folder)
     return Path(directory)
 
@@ -124,21 +105,7 @@ def load(
     kind: type[_Lazy] = LazyModel,  # type: ignore[assignment]
     strict: bool = True,
 ) -> _Lazy | LazyModule:
-    """A lazy model from a dense one and the folder that `save` wrote.
-
-    Args:
-        model: the model that was learned with; it is left as it is.
-        directory: where the gates, or the plan, are.
-        example_inputs: arguments of one call; left out, tensors like those at training are made up.
-        kind: the class to make where the folder holds gates; of a plan it is a `LazyModule`.
-        strict: refuse a model of another class, or with other weights, than the one that was learned with. Gates that version
-            0.1 wrote do not tell.
-
-    Raises:
-        ExportError: the folder holds nothing that was learned, or that of another model; one line says what is wrong, and
-            where.
-        LazyCompressError: the gates do not fit the model.
-    """
+    """`lazycompress.load` for one model; `kind` is the class to make where the folder holds gates."""
     if not isinstance(model, nn.Module):
         raise InputError(f"gates are loaded for an nn.Module; there was {type(model).__name__}")
     folder = path_of(directory)

@@ -178,6 +178,17 @@ def test_a_call_with_other_branches_runs_as_it_is_between_those_of_an_image(lazy
     assert summary.skip_ratio == pytest.approx(skipped / 2)
 
 
+def test_what_runs_as_it_is_does_so_until_the_model_is_another(lazy: LazyModel) -> None:
+    model = changed(lazy)
+    fewer = call(900.0, skip_layers=[1])
+    with torch.no_grad():
+        lazy(**fewer)
+        block: Any = model.transformer_blocks[1]
+        block.attn.to_q.weight = nn.Parameter(block.attn.to_q.weight * 2)
+        assert torch.equal(lazy(**fewer)[0], model(**fewer)[0])
+    assert equals_the_model(lazy)
+
+
 def test_what_calls_change_themselves_is_no_change(caplog: pytest.LogCaptureFixture) -> None:
     lazy = make_lazy(make(Counting))
     for _ in range(3):

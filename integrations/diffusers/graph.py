@@ -28,7 +28,7 @@ class LazyDenoiser(LazyModel, ModelMixin):
     """A lazy model that diffusers takes for one of its own: pipelines save it, move it and ask for its config.
 
     `save_pretrained` writes the dense model, and the gates into `lazy/` beside it: the folder loads in diffusers without
-    this package, and `load_lazy(pipe, folder)` makes it lazy again.
+    this package, and `lazycompress.load(pipe, folder)` makes it lazy again.
     """
 
     #: Calls a step, as seen while learning; more than one is guidance in calls that take turns.
@@ -57,9 +57,7 @@ class LazyDenoiser(LazyModel, ModelMixin):
 
     @classmethod
     def from_pretrained(cls, *_: Any, **__: Any) -> Any:
-        raise InputError(
-            "load the pipeline with diffusers, then call lazycompress.integrations.diffusers.load_lazy(pipe, folder)"
-        )
+        raise InputError("load the pipeline with diffusers, then call lazycompress.load(pipe, folder)")
 
 
 def make_denoisers(

@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    """A number of images, as argparse wants it: an error says what to write."""
+    """A number of images or of steps, as argparse wants it: an error says what to write."""
     if not text.isdecimal() or len(text) > 7 or not 0 < int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"a number from 1 to 1000000 is needed, there was {shown(text)}")
     return int(text)

@@ -40,7 +40,8 @@ class Makeup:
     Attributes:
         graph: what a graph is made of: modules, weights, settings.
         around: what no graph has: hooks, a `forward` in the place of the class's, training mode.
-        parts: of each module what it holds now, object by object, for a quick look; and what its collections hold.
+        parts: of each module its dictionary, and what that holds, object by object: for a quick look.
+        collections: small ones among the settings, and what they hold.
     """
 
     graph: Mapping[Key, Any]

@@ -132,7 +132,7 @@ class Engine:
             raise LazyCompressError("set_target: this plan came without a calibration; apply the recipe again")
         own = None if timesteps is None else tuple(float(t) for t in timesteps)
         plan = self.planner.plan(float(target), own)
-        if own is not None and plan.share > target:
+        if own is not None and plan.share > target + 1e-9:
             raise LazyCompressError(
                 f"set_target: {sum(plan.computes)} of {len(plan.computes)} calls compute always, which is {plan.share:.0%}: "
                 f"{target:g} cannot be met"

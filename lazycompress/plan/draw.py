@@ -44,7 +44,7 @@ def drawn(price: Priced) -> str:
     lines = [f"{sum(plan.computes)} of {len(plan.computes)} calls computed ({plan.share:.1%}), forecasts of {order}"]
     for stream in sorted(set(plan.streams)):
         own = stream_of(plan, stream)
-        if stream or len(set(plan.streams)) > 1:
+        if len(set(plan.streams)) > 1:
             lines.append(f"pass {stream + 1} of each step")
         lines += _rows(own)
     lines.append(f"expected error {price.relative:.1e} of the images' size, of an even plan {price.even:.1e}")

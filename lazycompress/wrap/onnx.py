@@ -109,7 +109,8 @@ def ports(model: onnx.ModelProto) -> tuple[list[Port], list[Port]]:
                     f"{word} {info.name} has no fixed number of dimensions: run onnx.shape_inference on the model first"
                 )
             sizes = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
-            dtype = next((name for name, own in _DTYPES.items() if own == kind.elem_type), "other")
+            known = kind.elem_type in onnx.helper.get_all_tensor_dtypes()
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name if known else "other"
             row.append(Port(info.name, sizes, dtype))
         found.append(row)
     return found[0], found[1]

@@ -143,9 +143,17 @@ def ports(model: ov.Model) -> tuple[list[Port], list[Port]]:
                 )
             sizes = tuple(size.get_length() if size.is_static else None for size in shape)
             kind = port.get_element_type()
-            dtype = next((name for name, own in _DTYPES.items() if own == kind), kind.to_string())
-            into.append(Port(port.get_any_name(), sizes, dtype))
+            into.append(Port(port.get_any_name(), sizes, _numpy_name(kind)))
     return found
+
+
+def _numpy_name(kind: ov.Type) -> str:
+    """An element type by numpy's name, or by OpenVINO's where numpy has none."""
+    known = next((name for name, own in _DTYPES.items() if own == kind), None)
+    try:
+        return known or np.dtype(kind.to_dtype()).name
+    except (RuntimeError, TypeError):
+        return str(kind.to_string())
 
 
 def wrapped(model: ov.Model, controller: Controller) -> ov.Model:

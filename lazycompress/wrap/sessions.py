@@ -6,23 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, MissingExtraError
-from .ports import Port
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 class Session(Protocol):
-    """A file that is loaded. What a wrapped one keeps, it keeps.
-
-    Attributes:
-        inputs: that it takes, without those of its state; element types by numpy's names.
-    """
-
-    inputs: list[Port]
+    """A file that is loaded. What a wrapped one keeps, it keeps."""
 
     def __call__(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         """The outputs, in their order."""
@@ -43,18 +35,9 @@ class OpenVINOSession:
             raise MissingExtraError("openvino", "openvino", "running an OpenVINO model") from error
         from .openvino import read
 
-        model = read(path)
-        self.inputs = [
-            Port(
-                port.get_any_name(),
-                tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape()),
-                np.dtype(port.get_element_type().to_dtype()).name,
-            )
-            for port in model.inputs
-        ]
         exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         try:
-            self._request = ov.Core().compile_model(model, "CPU", exact).create_infer_request()
+            self._request = ov.Core().compile_model(read(path), "CPU", exact).create_infer_request()
         except RuntimeError as error:
             raise InputError(f"{path} does not load: {' '.join(str(error).split())[-300:]}") from None
 
@@ -81,12 +64,6 @@ class OnnxSession:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has error classes of its own
             raise InputError(f"{path} does not load: {' '.join(str(error).split())[-300:]}") from None
-        self.inputs = [
-            Port(
-                info.name, tuple(size if isinstance(size, int) else None for size in info.shape), _numpy_name(info.type)
-            )
-            for info in self._session.get_inputs()
-        ]
         self._outputs = [info.name for info in self._session.get_outputs()]
         self._past: dict[str, npt.NDArray[Any]] = {}
 
@@ -114,12 +91,6 @@ def open_session(path: Path) -> Session:
 
 def _is_state(name: str) -> bool:
     return name in ("present_clock", "present_latents") or name.startswith("present_output_")
-
-
-def _numpy_name(kind: str) -> str:
-    """`tensor(float)` is float32."""
-    name = kind.removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 __all__ = ["OnnxSession", "OpenVINOSession", "Session", "open_session"]

@@ -71,7 +71,8 @@ class Comparison:
         word = "ok" if self.ok else "DIFFERS"
         return (
             f"{self.directory}: {word}, {self.computed} of {self.calls} calls computed (planned {self.planned}), largest "
-            f"difference to the dense file {self.relative:.1e} there; {self.dense_seconds / self.lazy_seconds:.2f} times as fast "
+            f"difference to the dense file {self.relative:.1e} there, forecasts off by {self.forecast:.1e}; "
+            f"{self.dense_seconds / self.lazy_seconds:.2f} times as fast "
             f"({self.lazy_seconds:.3g} s an image, dense {self.dense_seconds:.3g} s)"
         )
 
@@ -93,13 +94,14 @@ def verify_wrapped(directory: str | Path, dense: str | Path, *, inputs: str | Pa
     """
     folder, source = path_of(directory), path_of(dense)
     check_files(folder, read_card(folder))
-    given = None if inputs is None else {n: t.numpy() for n, t in read_tensors(path_of(inputs), InputError).items()}
+    given = None if inputs is None else _read(path_of(inputs))
     found = []
     for inner in exports_in(folder):
         card = read_card(inner)
         if "plan" not in card:
             raise ExportError(f"{inner} was exported, not wrapped: it is verified without a dense file")
-        check_files(inner, card)
+        if inner != folder:
+            check_files(inner, card)
         beside = source / inner.relative_to(folder) / card["model"] if kind_of(source) == "folder" else source
         if kind_of(beside) != "file":
             raise InputError(f"there is no file {beside}, which {inner} was made of")
@@ -125,7 +127,16 @@ class _Differences:
     broken: str = ""
 
     def add(self, outputs: Sequence[_Array], expected: Sequence[_Array], computed: bool, where: str) -> None:
-        """Count one call."""
+        """Count one call.
+
+        Raises:
+            InputError: the outputs are of other numbers or sizes.
+        """
+        sizes, wanted = ([list(value.shape) for value in values] for values in (outputs, expected))
+        if sizes != wanted:
+            raise InputError(
+                f"the wrapped file gives outputs of the sizes {sizes}, and the dense one {wanted}: it is another"
+            )
         for own, other in zip(outputs, expected, strict=True):
             if not np.isfinite(own).all():
                 self.broken = self.broken or where
@@ -142,10 +153,11 @@ class _Differences:
 def _compare(folder: Path, card: Mapping[str, Any], dense: Path, given: Arrays | None) -> Comparison:
     plain, lazy = open_session(dense), open_session(folder / card["model"])
     times, planned = card["plan"]["timesteps"], sum(card["plan"]["computes"])
-    start = _made_up(plain.inputs, card) if given is None else given
+    ports = _inputs(dense)
+    start = _made_up(ports, card) if given is None else given
     latents, timestep = card["latents"], card["timestep"]
-    names = [port.name for port in plain.inputs]
-    missing = [name for name in names if name not in start]
+    names = [port.name for port in ports]
+    missing = [name for name in dict.fromkeys((*names, latents, timestep)) if name not in start]
     if missing:
         raise InputError(f"{dense} needs the inputs {', '.join(names)}; missing: {', '.join(missing)}")
     found, counts, seconds = _Differences(), [], []
@@ -205,7 +217,36 @@ def _made_up(ports: Sequence[Port], card: Mapping[str, Any]) -> dict[str, _Array
         ids = len(port.shape) == 2 and port.shape[1] is not None and port.shape[1] <= 4 and port.name != card["latents"]
         sizes = [(_SIZE if k or ids else 1) if size is None else size for k, size in enumerate(port.shape)]
         noise = port.floating and not ids and port.name != card["timestep"]
-        found[port.name] = (rng.standard_normal(sizes) if noise else np.ones(sizes)).astype(port.dtype)
+        try:
+            found[port.name] = (rng.standard_normal(sizes) if noise else np.ones(sizes)).astype(port.dtype)
+        except TypeError:
+            raise InputError(
+                f"input {port.name} is of {port.dtype}, which NumPy has no arrays of: it cannot be tried here"
+            ) from None
+    return found
+
+
+def _inputs(path: Path) -> list[Port]:
+    """What a dense file takes."""
+    if path.suffix == ".xml":
+        from . import openvino as format_openvino
+
+        return format_openvino.ports(format_openvino.read(path))[0]
+    from . import onnx as format_onnx
+
+    return format_onnx.ports(format_onnx.read(path))[0]
+
+
+def _read(path: Path) -> dict[str, _Array]:
+    """Inputs of one call from a file."""
+    found = {}
+    for name, value in read_tensors(path, InputError).items():
+        try:
+            found[name] = value.numpy()
+        except TypeError:
+            raise InputError(
+                f"{path}: {name} is {value.dtype}, which NumPy has no arrays of: store it as float32"
+            ) from None
     return found
 
 

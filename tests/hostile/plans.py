@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lazycompress
@@ -41,15 +42,18 @@ def _model() -> nn.Module:
         return Denoiser()
 
 
+def _lazy(calibration: Calibration | None = None) -> LazyModule:
+    planner = None if calibration is None else Search(calibration, 2, Guards())
+    return LazyModule(_model(), Engine(Reader.of(_model()), even(TIMES, 0.5), planner))
+
+
 @functools.cache
 def _shelf() -> Path:
     """A plan with its calibration, a wrapped file and its dense one; made once, copied for each try."""
     root = Path(tempfile.mkdtemp())
     waves = np.exp(-np.abs(np.subtract.outer(np.arange(10), np.arange(10))) / 5)
     calibration = Calibration(TIMES, (0,) * 10, waves[None], np.ones(10), np.ones(10), np.ones(1))
-    model = _model()
-    lazy = LazyModule(model, Engine(Reader.of(model), even(TIMES, 0.5), Search(calibration, 2, Guards())))
-    lazycompress.save(lazy, root / "plan")
+    lazycompress.save(_lazy(calibration), root / "plan")
     ov.save_model(openvino_model(), root / "dense.xml")
     lazycompress.wrap(root / "dense.xml", even(TIMES, 0.5), root / "wrapped")
     return root
@@ -75,8 +79,8 @@ def _key(file: str, key: str, value: Any) -> Callable[[Path], object]:
     return _spoilt(file, lambda old: json.dumps(json.loads(old) | {key: value}).encode())
 
 
-def _command(*arguments: str) -> Callable[[Path], object]:
-    """`lazycompress plan`, whose one line goes to the error stream."""
+def _planned(*arguments: str) -> Callable[[Path], object]:
+    """A plan for a target, and perhaps for timesteps, both as JSON."""
 
     def act(folder: Path) -> object:
         (preset,) = presets(_there(folder) / "plan").values()
@@ -92,6 +96,9 @@ def _verified(wrapped: str, dense: str, **more: str) -> Callable[[Path], object]
         (there / "text.xml").write_text("no model", encoding="utf-8")
         (there / "text.onnx").write_text("no model", encoding="utf-8")
         (there / "text.safetensors").write_text("no tensors", encoding="utf-8")
+        half = {"hidden_states": torch.zeros(1, 4, 5, 5), "timestep": torch.ones(1, dtype=torch.bfloat16)}
+        save_file(half, there / "half.safetensors")
+        ov.save_model(openvino_model(channels=8), there / "wider.xml")
         return verify_wrapped(there / wrapped, there / dense, **{key: there / value for key, value in more.items()})
 
     return act
@@ -157,11 +164,11 @@ TRIES = [
         )
     ),
     *(
-        Try(f"plans: a target of {target}", _command(target), "target is a share")
+        Try(f"plans: a target of {target}", _planned(target), "target is a share")
         for target in ("0", "1.5", "-1", "NaN")
     ),
     *(
-        Try(f"plans: timesteps {times}", _command("0.5", times), says)
+        Try(f"plans: timesteps {times}", _planned("0.5", times), says)
         for times, says in (
             ("[]", "one timestep or more"),
             ("[NaN]", "finite"),
@@ -197,6 +204,17 @@ TRIES = [
         "plans: verify with a text for inputs",
         _verified("wrapped", "dense.xml", inputs="text.safetensors"),
         "text.safetensors",
+    ),
+    Try(
+        "plans: verify with inputs in bfloat16",
+        _verified("wrapped", "dense.xml", inputs="half.safetensors"),
+        "timestep is torch.bfloat16",
+    ),
+    Try("plans: verify beside a model of more channels", _verified("wrapped", "wider.xml"), "outputs of the sizes"),
+    Try(
+        "plans: apply to what is lazy",
+        lambda f: lazycompress.apply(_lazy(), calibration=_there(f) / "plan"),
+        "is lazy already",
     ),
     Try("plans: verify as it is", _verified("wrapped", "dense.xml"), None),
 ]
