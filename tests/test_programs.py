@@ -131,6 +131,10 @@ def test_an_adapter_is_followed_scaled_switched_off_and_taken_out(lazy: LazyMode
     assert not torch.equal(image(model)[0], dense[0])
     model.set_adapters("a", 0.5)
     assert equals_the_model(lazy)
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling["a"] = 3.0  # in place
+    assert equals_the_model(lazy)
     model.disable_adapters()
     assert equals_the_model(lazy)
     assert torch.equal(image(model)[0], dense[0])

@@ -19,6 +19,7 @@ from lazycompress.lazy.model import LazyModule
 from lazycompress.plan.calibration import Calibration
 from lazycompress.plan.draw import drawn, priced
 from lazycompress.plan.plan import Plan
+from lazycompress.plan.search import predict
 from lazycompress.wrap.plans import read_plan
 
 from ..pipelines import PIPELINES, make_sd3
@@ -56,6 +57,10 @@ def test_a_plan_is_drawn_without_the_model(saved: Path, capsys: pytest.CaptureFi
     assert bar.endswith("██ 50")  # the guards that it was learned under
     fewer = plan(capsys, str(saved), "--steps", "9", "--target", "0.34")
     assert fewer.startswith("3 of 9 calls computed (33.3%)")
+    spread = json.loads(plan(capsys, str(saved), "--steps", "20", "--json"))["timesteps"]
+    assert spread == pytest.approx(TIMES)
+    half = json.loads(plan(capsys, str(saved), "--steps", "3", "--json"))["timesteps"]
+    assert half == pytest.approx([1000.0, 525.0, 50.0])
     assert "3 of 4 calls" in plan(capsys, str(saved), "--timesteps", "900,600,300,0", "--target", "0.8")
 
 
@@ -163,6 +168,8 @@ def test_what_cannot_be_loaded_leaves_a_pipeline_as_it_was(tmp_path: Path) -> No
 
 def test_passes_of_guidance_are_drawn_each() -> None:
     times = (3.0, 3.0, 2.0, 2.0)
-    one = Calibration(times, (0, 1, 0, 1), np.eye(4)[None], np.ones(4), np.ones(4), np.ones(1))
-    lines = drawn(priced(one, Plan(times, (True, True, True, False), 1, (0, 1, 0, 1)))).splitlines()
+    one = Calibration(times, (0, 1, 0, 1), np.eye(4)[None], np.ones(4), np.ones(4), np.full(1, 4.0))
+    made = priced(one, Plan(times, (True, True, True, False), 1, (0, 1, 0, 1)))
+    assert made.relative == pytest.approx(float(predict(one, made.plan).mean()) / 4)
+    lines = drawn(made).splitlines()
     assert lines[1:5] == ["pass 1 of each step", "         3 ██ 2", "pass 2 of each step", "         3 █· 2"]

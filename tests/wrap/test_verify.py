@@ -96,6 +96,17 @@ def test_the_command_says_how_fast_it_is_and_takes_inputs(tmp_path: Path, capsys
         verify_wrapped(tmp_path / "lazy", dense, inputs=tmp_path / "call.safetensors")
 
 
+def test_a_file_that_computes_something_else_than_planned_is_found_out(tmp_path: Path) -> None:
+    dense = written(tmp_path / "dense", "openvino")
+    lazycompress.wrap(dense, PLAN, tmp_path / "lazy")
+    path = tmp_path / "lazy" / "lazycompress.json"
+    card = json.loads(path.read_text(encoding="utf-8"))
+    card["plan"]["computes"][1] = True
+    path.write_text(json.dumps(card), encoding="utf-8")
+    (found,) = verify_wrapped(tmp_path / "lazy", dense)
+    assert (found.computed, found.planned, found.ok) == (4, 5, False)
+
+
 def test_a_pipeline_is_compared_denoiser_by_denoiser(tmp_path: Path) -> None:
     for name in ("transformer", "transformer_2"):
         (tmp_path / "dense" / name).mkdir(parents=True)
