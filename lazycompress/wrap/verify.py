@@ -93,15 +93,16 @@ def verify_wrapped(directory: str | Path, dense: str | Path, *, inputs: str | Pa
         InputError: there is no such dense file, it does not run, or not on these inputs.
     """
     folder, source = path_of(directory), path_of(dense)
-    check_files(folder, read_card(folder))
+    inside = exports_in(folder)
+    if inside != [folder]:
+        check_files(folder, read_card(folder))
     given = None if inputs is None else _read(path_of(inputs))
     found = []
-    for inner in exports_in(folder):
+    for inner in inside:
         card = read_card(inner)
         if "plan" not in card:
             raise ExportError(f"{inner} was exported, not wrapped: it is verified without a dense file")
-        if inner != folder:
-            check_files(inner, card)
+        check_files(inner, card)
         beside = source / inner.relative_to(folder) / card["model"] if kind_of(source) == "folder" else source
         if kind_of(beside) != "file":
             raise InputError(f"there is no file {beside}, which {inner} was made of")
