@@ -19,7 +19,6 @@ from .lazy.engine import Engine
 from .lazy.learn import Search, lazy_module
 from .lazy.model import LazyModule
 from .lazy.presets import presets
-from .lazy.scopes import scope_of
 from .models import evaluating, signature_of
 from .noise import own_noise
 from .pipelines import kind_of, lazy_parts, load
@@ -28,6 +27,7 @@ from .recipe_loading import load_recipe
 from .rehearsal import rehearse
 from .runtime import LazyModel
 from .sampling import Sampler, build_inputs, build_sampler, checked, first_call
+from .scopes import scope_of
 
 
 def locate(model: nn.Module, example_inputs: ExampleInputs) -> Branches:
@@ -175,16 +175,16 @@ def image(model_or_pipeline: Any, timesteps: Sequence[float] | Tensor | None = N
     found: list[Any] = [own]
     if not hasattr(own, "engine") and kind_of(own) is not None:
         found = list(lazy_parts(own).values())
-    lazies = [lazy for lazy in found if hasattr(lazy, "engine")]
+    lazies = [lazy for lazy in found if isinstance(lazy, LazyModel) or hasattr(lazy, "engine")]
     if not lazies:
-        raise InputError(f"{type(model_or_pipeline).__name__} skips no whole calls: there is no image to open")
+        raise InputError(f"{type(model_or_pipeline).__name__} is not lazy: there is no image to open")
     modules = [lazy.module if isinstance(lazy, Handle) else lazy for lazy in lazies]
     with scope_of(modules, timesteps) as scope:
         try:
             yield
         finally:
             for lazy in lazies:
-                lazy.engine.end(scope)
+                (lazy if isinstance(lazy, LazyModel) else lazy.engine).end(scope)
 
 
 def graph_is_needed(recipe: Recipe) -> bool:
@@ -230,7 +230,7 @@ def make_lazy(
         example_inputs: of one forward call.
         recipe: which stages, and in which order.
         sampler: as for `apply`.
-        make: makes the lazy model of a model, a call and the name of its timestep input.
+        make: makes the lazy model of a model, a call, the name of its timestep input, and those of inputs that move.
         progress: show progress bars.
 
     Raises:
@@ -238,16 +238,17 @@ def make_lazy(
     """
     _check(recipe, sampler, model, example_inputs)
     learns = recipe.train.enabled and sampler is not None
+    moving: frozenset[str] = frozenset()
     if sampler is not None and (learns or recipe.prune or recipe.quantize or recipe.weights):
         sampler = checked(sampler)
-        rehearse(model, sampler, recipe.train.seed)
+        moving = rehearse(model, sampler, recipe.train.seed, recipe.timestep_input)
     before: list[Any] = []
     if recipe.prune is not None and sampler is not None:
         from .compose.prune import prune
 
         model, report = prune(model, sampler, recipe.prune, seed=recipe.train.seed, progress=progress)
         before.append(report)
-    lazy = make(model, call_of(model, example_inputs), timestep_input=recipe.timestep_input or None)
+    lazy = make(model, call_of(model, example_inputs), timestep_input=recipe.timestep_input or None, moving=moving)
     lazy.recipe = recipe
     lazy.reports += before
 

@@ -63,6 +63,7 @@ class GatesCard(BaseModel):
     recipe: dict[str, Any] | None
     direction: int
     timestep_input: str | None = Field(max_length=1000)
+    moving: list[Annotated[str, Field(max_length=1000)]] = Field(default_factory=list, max_length=1000)
     gate: GateName = "linear"
     holds: bool = False
     branches: list[BranchEntry] = Field(min_length=1, max_length=BRANCHES)

@@ -79,6 +79,8 @@ def place_of(model: nn.Module) -> tuple[torch.dtype, torch.device]:
 class InPlaceOf(nn.Module):
     """A module in the place of another one: it has that one's config, dtype, device, and all else that it lacks itself.
 
+    `isinstance` takes it for one of that one's class, too: pipelines ask, and write down the class of what they save.
+
     Attributes:
         model: the other one.
     """
@@ -87,6 +89,16 @@ class InPlaceOf(nn.Module):
 
     #: What is never looked for in the other one, even before it is here.
     _own = ("model", "gates", "engine")
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        model = vars(self).get("_modules", {}).get("model")
+        return type(self) if model is None else model.__class__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "model":
+            vars(self)["__module__"] = value.__module__  # where its class is from
 
     @property
     def config(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -88,10 +88,13 @@ class Programs:
 
     gates: Gates
 
-    def __init__(self, model: nn.Module, example: Call, gates: GatesFor, timestep_input: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, example: Call, gates: GatesFor, timestep_input: str | None, moving: Collection[str]
+    ) -> None:
         self.stages: list[str] = []
         self._model = model
         self._timestep_input = timestep_input
+        self._moving = moving
         self._controller: Controller | None = None
         self._outputs: Callable[[list[Tensor]], list[Tensor]] | None = None
         self._each_branch = False
@@ -322,7 +325,9 @@ class Programs:
         timestep = find_timestep(call.leaves, call.tensors, self._timestep_input)
         if timestep == call.latents:
             raise InputError(f"recipe key timestep_input: {self._timestep_input!r} are the latents, no timestep")
-        conditions = find_conditions(call.leaves, call.tensors, call.latents, timestep, captured.output_sizes)
+        conditions = find_conditions(
+            call.leaves, call.tensors, call.latents, timestep, captured.output_sizes, self._moving
+        )
         program = Program(captured, insert_gates(captured, branches, self.gates, timestep, conditions))
         program.control(self._controller)
         return program

@@ -12,6 +12,7 @@ What is asked of the sampler alone is in `sampling.checked`.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, LazyCompressError, shortened
-from .graph.call import path_name
-from .models import bad_weight, bind, described, evaluating, not_finite, on_meta
+from .graph.call import path_name, pattern
+from .graph.insert import is_timestep_name
+from .models import bad_weight, bind, by_name, described, evaluating, not_finite, on_meta
 from .noise import own_noise
 from .sampling import Enough, Sampler, StandIn, checked
 
@@ -34,13 +36,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 COARSE = 5e-2
 
 
-def rehearse(model: nn.Module, sampler: Sampler, seed: int = 0) -> None:
+def rehearse(model: nn.Module, sampler: Sampler, seed: int = 0, timestep_input: str | None = None) -> frozenset[str]:
     """Sample twice with the dense model and the same seed, and begin a third run with another seed.
 
     Args:
         model: called in evaluation mode, without gradients; its parts are afterwards in the mode they were in.
         sampler: as for `apply`.
         seed: of torch's global generators, which are afterwards as they were.
+        timestep_input: the timestep's name; None: found by its name.
+
+    Returns:
+        Patterns of the inputs that move from timestep to timestep, the latents and the timestep among them.
 
     Raises:
         InputError: one of the demands of this module is not met; the line says which, and in which call.
@@ -59,6 +65,7 @@ def rehearse(model: nn.Module, sampler: Sampler, seed: int = 0) -> None:
             "the sampler starts from the same noise whatever torch's seed is: it sets a seed, or has a generator or noise of its "
             "own; draw from torch's global generator, or schedules are judged on the images they were learned on"
         )
+    return _moved(first.calls, timestep_input)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class _Run:
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         where = f"call {len(self.calls) + 1} of the sampling run"
-        paths, _ = pytree.tree_flatten_with_path(bind(self.model, args, kwargs).arguments)
+        paths, _ = pytree.tree_flatten_with_path(by_name(bind(self.model, args, kwargs)))
         inputs = {path_name(path): value for path, value in paths if isinstance(value, Tensor)}
         streams = [name for name, value in inputs.items() if value.dim() >= 3 and value.is_floating_point()]
         latents = next(iter(streams), next(iter(inputs), ""))
@@ -148,6 +155,34 @@ class _Run:
             if found := not_finite(value):
                 raise InputError(f"{where}: the output of {self.name} holds {found}")
         return output
+
+
+def _moved(calls: Sequence[_Seen], timestep_input: str | None) -> frozenset[str]:
+    """Patterns of the inputs that are others in most calls than in the most similar call at the timestep before.
+
+    Guidance in two calls has two at each timestep, and an image that follows another one may have another prompt.
+    """
+
+    def time(seen: _Seen) -> list[Tensor]:
+        return [v for name, v in seen.inputs.items() if name == timestep_input or is_timestep_name(name)]
+
+    before: list[_Seen] = []
+    now: list[_Seen] = []
+    moved: Counter[str] = Counter()
+    compared = 0
+    for seen in calls:
+        if now and not all(map(_same, time(now[-1]), time(seen))):
+            before, now = now, []
+        now.append(seen)
+        if before:
+            others = [
+                sorted({pattern(n) for n, v in seen.inputs.items() if not _close(v, b.inputs.get(n, v))})
+                for b in before
+            ]
+            fewest: list[str] = min(others, key=len)
+            moved.update(fewest)
+            compared += 1
+    return frozenset(name for name, count in moved.items() if 2 * count > compared)
 
 
 def _sampled(model: nn.Module, sampler: Sampler, seed: int) -> _Run:

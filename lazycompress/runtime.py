@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from .models import InPlaceOf
 from .programs import GatesFor, NoGraphError, Program, Programs
 from .recipe import Recipe
 from .report import Summary, Usage
+from .scopes import Scope, opened
 
 Policy = Literal["learned", "compute", "reuse"]
 
@@ -35,41 +37,43 @@ class LazyModel(InPlaceOf):
     """A model that reuses branch outputs of the previous denoising step.
 
     It has the forward signature, return type, `config`, `dtype` and `device` of the model it was made from, and shares
-    its weights. State is kept between calls and forgotten when a new image begins: the timestep is not past the
-    last one, the conditioning changed, the batch or any size changed, or `reset()` was called. Calls with different
-    conditioning may take turns (guidance in two calls): each has a state of its own, see `contexts`.
+    its weights. Each image that is under way has a state of its own, whatever the order of calls; see `contexts`.
 
     Attributes:
         branches: what was located, in the order in which it runs.
         policy: "learned" (the gates decide), "compute" (never reuse), "reuse" (reuse wherever a cache is valid).
         programs: the captures that run its calls.
+        moving: inputs that move from call to call within an image, and so say nothing of which image it is.
         dense_macs: multiply-accumulates of one dense call per sample, branches and all else.
         reports: what quantization and compression did, a line each.
     """
 
     def __init__(
-        self, model: nn.Module, example: Call, gates: GatesFor = None, *, timestep_input: str | None = None
+        self,
+        model: nn.Module,
+        example: Call,
+        gates: GatesFor = None,
+        *,
+        timestep_input: str | None = None,
+        moving: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.example = example
         self.timestep_input = timestep_input
+        self.moving = frozenset(moving)
         self.recipe: Recipe | None = None
         self.training_report: Any = None
         self.reports: list[Any] = []
-        self.programs = Programs(model, example, gates, timestep_input)
+        self.programs = Programs(model, example, gates, timestep_input, self.moving)
         self.gates = self.programs.gates
         self._states = States()
+        self._lock = threading.RLock()
         self._policy: Policy = "learned"
         first = self.program(example)
         self.branches = first.flat.branches
         self.dense_macs = first.captured.dense_macs
         self.usage = Usage([branch.macs for branch in self.branches])
-
-    @property
-    def past_timestep(self) -> Tensor:
-        """Timesteps of the last call, float32 [batch]."""
-        return self._states.last.timesteps
 
     @property
     def timestep(self) -> float:
@@ -93,8 +97,14 @@ class LazyModel(InPlaceOf):
 
     def reset(self) -> None:
         """Forget the caches and the statistics: the next call computes every branch."""
-        self._states.clear()
-        self.usage.clear()
+        with self._lock:
+            self._states.clear()
+            self.usage.clear()
+
+    def end(self, scope: Scope) -> None:
+        """Forget the images of one run of a sampler."""
+        with self._lock:
+            self._states.end(scope)
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
         """Within the block, calls go on with the state of that name; diffusers pipelines name their guidance calls so."""
@@ -102,23 +112,27 @@ class LazyModel(InPlaceOf):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self.model, args, kwargs)
-        program = self.programs.serving(call)
+        scope = self._scope()
+        with self._lock:
+            program = self.programs.serving(call)
+            if not isinstance(program, LazyCompressError):
+                graph = self.programs.running(program)
+                state = self._states.find(call, graph, self.gates, scope)
         if isinstance(program, LazyCompressError):
             return self._as_it_is(call, args, kwargs, program)
-        graph = self.programs.running(program)
         threshold = torch.tensor(
             _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
         )
-        state = self._states.find(call, graph, self.gates, self._scope())
         results = self.programs.run(graph, call, [threshold, *state.tensors])
         count = graph.outputs
-        state.tensors = [value.detach() for value in results[count:-1]]
-        self.usage.add(results[count], results[-1])
+        with self._lock:
+            state.keep(call.tensors[call.latents], results[:count], [value.detach() for value in results[count:-1]])
+            self.usage.add(results[count], results[-1])
         return pytree.tree_unflatten(results[:count], program.captured.output_spec)
 
-    def _scope(self) -> Hashable:
+    def _scope(self) -> Scope | None:
         """The run of a sampler that a call belongs to; None where nobody knows."""
-        return None
+        return opened(self)
 
     def _as_it_is(self, call: Call, args: Any, kwargs: Any, why: LazyCompressError) -> Any:
         """What the model itself gives for a call that no graph takes; `why` is raised where it does not either."""
@@ -131,19 +145,15 @@ class LazyModel(InPlaceOf):
             raise why from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyModel:
-        dtype, places = self.dtype, self._places()
+        dtype, places = self.dtype, _places(self.model)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._places() == places:
+        if _places(self.model) == places:
             return self  # nothing moved: hooks that offload say before every call where the model is to be
         tensors = [t.to(self.device, self.dtype if t.dtype is dtype else t.dtype) for t in self.example.tensors]
         self.example = replace(self.example, tensors=tensors)
         self.programs.forget(retyped=self.dtype != dtype)
         self._states.clear()
         return self
-
-    def _places(self) -> list[tuple[int, torch.device, torch.dtype]]:
-        """Where the model's values are, and as what."""
-        return [(t.data_ptr(), t.device, t.dtype) for t in (*self.model.parameters(), *self.model.buffers())]
 
     def __reduce__(self) -> Any:
         # A copy, or what was pickled, is captured again: graphs hold functions that neither can be done with.
@@ -154,7 +164,8 @@ class LazyModel(InPlaceOf):
             )
         names = (*_COPIED, *inspect.get_annotations(type(self)))
         kept = {name: value for name, value in vars(self).items() if name in names}
-        return _captured_again, (type(self), self.model, self.example, self.gates, self.timestep_input), kept
+        made_of = (self.model, self.example, self.gates, self.timestep_input, self.moving)
+        return _captured_again, (type(self), *made_of), kept
 
     def program(self, call: Call) -> Program:
         """The capture that runs `call`, made now if this kind of call is new."""
@@ -195,11 +206,7 @@ class LazyModel(InPlaceOf):
         self.reset()
 
     def expected_macs_ratio(self, timesteps: Tensor | None = None) -> float:
-        """Computed share of the branches' MACs over one image, per-sample weights left out.
-
-        Args:
-            timesteps: of the calls, in their order; left out, the gates' own grid.
-        """
+        """Computed share of the branches' MACs in an image of these timesteps, or the gates' own; sample weights left out."""
         return targets.expected_ratio(self.gates, targets.shares(self.branches), timesteps)
 
     def set_target(self, target: float, timesteps: Tensor | None = None) -> float:
@@ -226,10 +233,20 @@ class LazyModel(InPlaceOf):
         return self.usage.summary(self.branches)
 
 
+def _places(model: nn.Module) -> list[tuple[int, torch.device, torch.dtype]]:
+    """Where a model's values are, and as what."""
+    return [(t.data_ptr(), t.device, t.dtype) for t in (*model.parameters(), *model.buffers())]
+
+
 def _captured_again(
-    kind: type[LazyModel], model: nn.Module, example: Call, gates: Gates, timestep_input: str | None
+    kind: type[LazyModel],
+    model: nn.Module,
+    example: Call,
+    gates: Gates,
+    timestep_input: str | None,
+    moving: Collection[str],
 ) -> LazyModel:
-    return kind(model, example, gates, timestep_input=timestep_input)
+    return kind(model, example, gates, timestep_input=timestep_input, moving=moving)
 
 
 def wrap(

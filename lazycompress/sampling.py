@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, LazyCompressError, MissingExtraError, RecipeError, shortened, shown
 from .free_memory import available, size_of
-from .models import bind, by_name, evaluating, place_of
+from .models import InPlaceOf, bind, by_name, evaluating, place_of
 from .noise import own_noise
 from .recipe import Condition, Sampling
 
@@ -205,7 +205,7 @@ def first_call(model: nn.Module, sampler: Sampler) -> dict[str, Any]:
     return found[0]
 
 
-class StandIn(nn.Module):
+class StandIn(InPlaceOf):
     """Looks like a model, and hands every call to a function of its positional and keyword arguments."""
 
     def __init__(self, model: nn.Module, call: Callable[[Any, Any], Any]) -> None:
@@ -215,12 +215,6 @@ class StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
 
 
 def _check_memory(shapes: dict[str, list[int]], device: torch.device) -> None:

@@ -79,6 +79,7 @@ def write_gates(lazy: LazyModel, folder: Path) -> None:
         "recipe": None if lazy.recipe is None else lazy.recipe.with_checkpoint("").model_dump(mode="json"),
         "direction": int(lazy.gates.direction),
         "timestep_input": lazy.timestep_input,
+        "moving": sorted(lazy.moving),
         "gate": lazy.gates.kind,
         "holds": lazy.gates.holds,
         "branches": [{"name": b.name, "kind": b.kind, "macs": b.macs, "width": b.width} for b in lazy.branches],
@@ -130,7 +131,7 @@ def load(
             raise ExportError(f"{where} keeps no example of a call: pass example_inputs")
         call = take_apart(model, (), arguments)
     try:
-        lazy = kind(model, call, gates, timestep_input=card.timestep_input)
+        lazy = kind(model, call, gates, timestep_input=card.timestep_input, moving=card.moving)
     except LazyCompressError:
         raise
     except Exception as error:  # the model's own code, called with what the file says

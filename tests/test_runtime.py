@@ -19,8 +19,8 @@ from lazycompress.runtime import LazyModel, wrap
 MakeGates = Callable[..., Gates]
 
 
-def call(batch: int, timestep: int, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def call(batch: int, timestep: int, seed: int = 0, noise: int | None = None) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed if noise is None else noise)
     return {
         "hidden_states": torch.randn(8, 1, 8, 8, generator=generator)[:batch],
         "timestep": torch.full((batch,), timestep),
@@ -160,12 +160,15 @@ steps = st.lists(
 def test_any_sequence_of_calls_equals_a_model_that_sees_only_its_own_image(
     short: nn.Module, sequence: list[tuple[int, int, int, bool]]
 ) -> None:
-    """Interrupted runs, other prompts, other batch sizes, repeated steps: nothing of one image reaches the next."""
+    """Interrupted runs, other prompts, other batch sizes, repeated steps: nothing of one image reaches the next.
+
+    Each has noise of its own.
+    """
     lazy = _cached(short)
     lazy.policy = "reuse"
     lazy.reset()
-    images: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # what each image under way has seen
-    for batch, timestep, seed, reset in sequence:
+    images: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}  # what each image under way has seen
+    for k, (batch, timestep, seed, reset) in enumerate(sequence):
         if reset:
             lazy.reset()
             images = {}
@@ -174,9 +177,10 @@ def test_any_sequence_of_calls_equals_a_model_that_sees_only_its_own_image(
         turn = {timestep, past[-1][1] if past else timestep}
         # Guidance in two calls looks like this: another prompt at the same timestep. All else is over.
         images = {key: calls for key, calls in images.items() if calls[-1][1] in turn}
-        images[batch, seed] = [*past, (batch, timestep, seed)]
+        now = (batch, timestep, seed, past[-1][3] if past else 100 + k)
+        images[batch, seed] = [*past, now]
         with torch.no_grad():
-            found = lazy(**call(batch, timestep, seed)).sample
+            found = lazy(**call(*now)).sample
             alone = _alone(short)
             alone.policy = "reuse"
             alone.reset()

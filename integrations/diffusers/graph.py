@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
 from torch import nn
 
 from ...api import make_lazy
 from ...eager import eager
 from ...errors import InputError
-from ...lazy.scopes import Scope
+from ...lazy.attach import uncompiled
 from ...recipe import Recipe
 from ...runtime import LazyModel
 from ...sampling import Sampler
+from ...scopes import Scope
 from ...storage import save as save_gates
 from .sampling import Arguments, learning_sampler
 from .scopes import PipelineCalls
@@ -24,8 +24,8 @@ from .scopes import PipelineCalls
 GATES_FOLDER = "lazy"
 
 
-class LazyDenoiser(LazyModel, ModelMixin):
-    """A lazy model that diffusers takes for one of its own: pipelines save it, move it and ask for its config.
+class LazyDenoiser(LazyModel):
+    """A lazy model that pipelines save, move and ask for its config, as they do with the dense one.
 
     `save_pretrained` writes the dense model, and the gates into `lazy/` beside it: the folder loads in diffusers without
     this package, and `lazycompress.load(pipe, folder)` makes it lazy again.
@@ -34,12 +34,22 @@ class LazyDenoiser(LazyModel, ModelMixin):
     #: Calls a step, as seen while learning; more than one is guidance in calls that take turns.
     turns: int = 1
 
+    @property
+    def stood_there(self) -> nn.Module:
+        """What the pipeline had in its place: the model, or what compiled it."""
+        found: nn.Module = vars(self).get("_stood_there", self.model)
+        return found
+
+    def take_the_place_of(self, part: nn.Module) -> None:
+        """Remember what the pipeline is to be given back; it is no part of this module."""
+        vars(self)["_stood_there"] = part
+
     #: Finds the call of a pipeline that calls.
     _calls = PipelineCalls()
 
     @eager
     def _scope(self) -> Scope | None:
-        return self._calls(self)
+        return super()._scope() or self._calls(self)
 
     def save_pretrained(
         self,
@@ -80,33 +90,32 @@ def make_denoisers(
     hooks: list[Any] = []
     try:
         for name, inputs in calls.items():
-            dense = getattr(pipeline, name)
+            part = getattr(pipeline, name)
             sample = sampler or learning_sampler(pipeline, name, arguments)
             contexts: set[int] = set()
 
-            def make(*given: Any, name: str = name, contexts: set[int] = contexts, **options: Any) -> LazyDenoiser:
+            def make(
+                *given: Any, name: str = name, part: Any = part, contexts: set[int] = contexts, **options: Any
+            ) -> LazyDenoiser:
                 made[name] = LazyDenoiser(*given, **options)
+                made[name].take_the_place_of(part)
                 hooks.append(made[name].register_forward_hook(lambda module, *_: contexts.add(module.context)))
                 return made[name]
 
             own = recipe.checkpoint_of(name) if len(calls) > 1 else recipe
-            lazy = make_lazy(dense, inputs, own, sample, make=make, progress=progress)
+            lazy = make_lazy(uncompiled(part), inputs, own, sample, make=make, progress=progress)
             for hook in hooks:
                 hook.remove()
             hooks.clear()
             made[name].turns = max(1, len(contexts))
-            put(pipeline, name, lazy)
+            register(pipeline, name, lazy)
     except BaseException:
         for name, lazy in made.items():
-            put(pipeline, name, lazy.model)
+            register(pipeline, name, lazy.stood_there)
         raise
     return made
 
 
-def put(pipeline: Any, name: str, module: nn.Module) -> None:
-    """Register a part as the pipeline does itself, under the class that the saved pipeline is to name."""
-    dense = module.model if isinstance(module, LazyDenoiser) else module
-    pipeline.register_modules(**{name: dense})
-    recorded = pipeline.config[name]
+def register(pipeline: Any, name: str, module: nn.Module) -> None:
+    """Give a pipeline another part, as it does itself."""
     pipeline.register_modules(**{name: module})
-    pipeline.register_to_config(**{name: recorded})

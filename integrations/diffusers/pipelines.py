@@ -26,7 +26,7 @@ from ...recipe import Recipe
 from ...sampling import NotCalledError, Sampler, first_call
 from ...storage import DESCRIPTION_FILE
 from ...storage import load as load_gates
-from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, put
+from .graph import GATES_FOLDER, LazyDenoiser, make_denoisers, register
 from .sampling import Arguments, learning_sampler, sample
 from .saving import save_plan_too
 from .scopes import PipelineCalls, enabled_cache
@@ -77,7 +77,7 @@ def apply_to_pipeline(
             )
     for name, lazy in lazy_denoisers(pipeline, needed=False).items():
         if isinstance(lazy, LazyDenoiser):
-            put(pipeline, name, lazy.model)
+            register(pipeline, name, lazy.stood_there)
     foreign = [name for name, module in modules.items() if not isinstance(module, nn.Module)]
     if foreign and needs_graph:
         raise InputError(
@@ -208,7 +208,7 @@ def switch(pipeline: Any, on: bool) -> None:
         if isinstance(lazy, Handle):
             lazy.enabled = on
         else:
-            put(pipeline, name, lazy if on else lazy.model)
+            register(pipeline, name, lazy if on else lazy.stood_there)
 
 
 def set_policy(pipeline: Any, policy: Any) -> Any:
@@ -260,7 +260,8 @@ def load_lazy(pipeline: Any, folder: str | Path, *, strict: bool = True) -> Any:
         handle.turns = max(loaded.engine.plan.streams) + 1
         save_plan_too(handle)
     for name, lazy in graphs.items():
-        put(pipeline, name, lazy)
+        lazy.take_the_place_of(getattr(pipeline, name))
+        register(pipeline, name, lazy)
     object.__setattr__(pipeline, _KEPT, graphs)
     return pipeline
 

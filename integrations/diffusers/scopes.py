@@ -15,7 +15,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ...lazy.scopes import Scope
+from ...scopes import Scope
 
 #: Runs that are remembered; more are seldom under way at once.
 _MOST = 64

@@ -20,7 +20,7 @@ def need_finite(lazy: LazyModel, stored: torch.dtype = torch.float32) -> None:
         stored: what large weights are stored as.
 
     Raises:
-        ExportError: names the first one with NaN or infinity, or with a value beyond `stored`.
+        ExportError: names the first one with NaN or infinity, with a value beyond `stored`, or of a kind that files lack.
     """
     name = type(lazy.model).__name__
     for key, weight in lazy.model.named_parameters():
@@ -51,6 +51,13 @@ def _need(value: Tensor, name: str, infinity: bool) -> None:
     if value.is_meta or not value.is_floating_point():
         return
     value = value.detach()
-    if bool((value.isnan() if infinity else ~value.isfinite()).any()):
+    try:
+        bad = bool((value.isnan() if infinity else ~value.isfinite()).any())
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # a quantized tensor, of a kind of its own
+        raise ExportError(
+            f"the {name} is a {type(value).__name__}, which no file has: export the model as it was before, and have the recipe "
+            "quantize it"
+        ) from error
+    if bad:
         what = "NaN" if infinity else "NaN or infinity"
         raise ExportError(f"the {name} holds {what}: nothing was exported")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,3 +157,8 @@ def path_name(path: Any) -> str:
         key = getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", None)))
         parts.append(str(key))
     return ".".join(parts)
+
+
+def pattern(path: str) -> str:
+    """A path without the positions in lists: what is true of one of a list's tensors is true of all."""
+    return re.sub(r"\.\d+(?=\.|$)", "", path)

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from ..errors import InputError, LocateError
 from ..gates import Gates
 from .branch import Branch
-from .call import Leaf
+from .call import Leaf, pattern
 from .capture import Capture
 from .ops import is_dynamic, size_hint
 from .scoring import operator_of
@@ -111,22 +111,29 @@ def find_timestep(leaves: list[Leaf], tensors: list[Tensor], name: str | None = 
 
 
 def find_conditions(
-    leaves: list[Leaf], tensors: list[Tensor], latents: int, timestep: int, outputs: Sequence[Sequence[int]] = ()
+    leaves: list[Leaf],
+    tensors: list[Tensor],
+    latents: int,
+    timestep: int,
+    outputs: Sequence[Sequence[int]] = (),
+    moving: Collection[str] = (),
 ) -> list[int]:
     """Inputs that stay the same while one image is sampled: a change of any of them begins a new image.
 
     What moves from step to step has the sizes of an output (`outputs`, the batch left out): image and sound, where a
-    model denoises both. If no input has, it is the latents.
+    model denoises both. If no input has, it is the latents. `moving` names others that were seen to move, as a ControlNet's
+    residuals do; see `pattern`.
     """
-    moving = {
+    moved = {
         i for i, t in enumerate(tensors) if t.is_floating_point() and tuple(t.shape[1:]) in set(map(tuple, outputs))
     }
-    moving = {i for i in moving if leaves[i].batched and tensors[i].dim() >= 2} or {latents}
+    moved = {i for i in moved if leaves[i].batched and tensors[i].dim() >= 2} or {latents}
     return [
         i
         for i, (leaf, t) in enumerate(zip(leaves, tensors, strict=True))
-        if i not in moving
+        if i not in moved
         and i != timestep
+        and pattern(leaf.name) not in moving
         and not is_timestep_name(leaf.name)  # a second one, to go to
         and leaf.batched
         and (t.dim() >= 2 or not t.is_floating_point())

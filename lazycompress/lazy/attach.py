@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..eager import around, eager
+from ..scopes import Scope, Surroundings, opened
 from .controls import Controls
 from .engine import Engine, run
-from .scopes import Scope, Surroundings, opened
 
 _log = logging.getLogger(__name__)
 

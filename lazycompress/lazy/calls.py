@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import numbers
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..graph.call import pattern
 from ..graph.insert import is_timestep_name
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -182,11 +182,6 @@ class Reader:
             f"none of the inputs {', '.join(path for path, _ in leaves)} of {self.model} looks like the timestep: name it "
             "with the recipe key timestep_input"
         )
-
-
-def pattern(path: str) -> str:
-    """A path without the positions in lists: what is true of one of a list's tensors is true of all."""
-    return re.sub(r"\.\d+(?=\.|$)", "", path)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -36,8 +36,14 @@ def graph_of(lazy: Handle | LazyModule, kind: type[_Lazy] = LazyModel) -> _Lazy:
         )
     plan = stream_of(lazy.engine.plan, 0)
     call = take_apart(module, *lazy.example)
-    timestep = lazy.engine.reader.timestep or None
-    made = kind(module, call, lambda branches: gates_of(plan, branches), timestep_input=timestep)
+    reader = lazy.engine.reader
+    made = kind(
+        module,
+        call,
+        lambda branches: gates_of(plan, branches),
+        timestep_input=reader.timestep or None,
+        moving=reader.moving,
+    )
     made.recipe, made.training_report = lazy.recipe, lazy.training_report
     return made
 

@@ -16,12 +16,12 @@ from ..errors import InputError, LazyCompressError
 from ..plan.forecasts import forecast, points_in
 from ..plan.move import MOST_CALLS
 from ..plan.plan import Plan, stream_of
+from ..scopes import Scope
 from .calls import Call, Reader
-from .follow import Pace, alike, as_seen, spread
+from .follow import Pace, alike, spread
 from .images import Images, Record, Sample
 from .outputs import Form, take_apart
 from .prints import Eye, Sight
-from .scopes import Scope
 from .usage import CallSummary, CallUsage
 
 _log = logging.getLogger(__name__)
@@ -257,8 +257,7 @@ class Engine:
 
     def _plan_at(self, timestep: float, scope: Scope | None) -> Plan:
         """The plan for an image that begins at a timestep."""
-        told = scope.timesteps if scope is not None else None
-        timesteps = as_seen(told, timestep) if told else None
+        timesteps = scope.seen_from(timestep) if scope is not None else None
         if timesteps is None or alike(stream_of(self._plan, 0), timesteps):
             return self._plan
         if timesteps not in self._plans:

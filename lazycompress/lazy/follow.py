@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..plan.plan import Plan
+from ..scopes import CLOSE
 
 #: Makes the plan for other timesteps than those that were learned at.
 Planner = Callable[[tuple[float, ...]], Plan]
-
-#: A call is at a plan's timestep if it differs by less than this share of the largest: bfloat16 rounds that much.
-_CLOSE = 0.005
 
 
 def clock(timesteps: Sequence[float]) -> list[float]:
@@ -107,7 +105,7 @@ class Pace:
 
     def _is_at(self, call: int, timestep: float) -> bool:
         known = self.plan.timesteps
-        return abs(known[call] - timestep) <= _CLOSE * max(map(abs, known))
+        return abs(known[call] - timestep) <= CLOSE * max(map(abs, known))
 
     def step(self, timestep: float) -> bool:
         """One call further, at `timestep`: whether it computes."""
@@ -143,19 +141,5 @@ def alike(plan: Plan, timesteps: Sequence[float]) -> bool:
     """Whether a plan is for these timesteps, but for rounding."""
     largest = max(map(abs, plan.timesteps))
     return len(timesteps) == len(plan.timesteps) and all(
-        abs(a - b) <= _CLOSE * largest for a, b in zip(plan.timesteps, timesteps, strict=True)
+        abs(a - b) <= CLOSE * largest for a, b in zip(plan.timesteps, timesteps, strict=True)
     )
-
-
-def as_seen(told: Sequence[float], first: float) -> tuple[float, ...] | None:
-    """What a model sees of its scheduler's timesteps from the call at `first` on; None if it sees other numbers.
-
-    Pipelines give them as they are, or a thousandth of them; image-to-image begins in their midst.
-    """
-    for unit in (1.0, 1e-3):
-        largest = unit * max(map(abs, told))
-        near = [k for k, t in enumerate(told) if abs(unit * t - first) <= _CLOSE * largest]
-        if near:
-            start = min(near, key=lambda k: (abs(unit * told[k] - first), k))
-            return tuple(unit * t for t in told[start:])
-    return None

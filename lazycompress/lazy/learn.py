@@ -22,12 +22,12 @@ from ..plan.search import Guards as Ends
 from ..plan.search import least_share, plan_for
 from ..recipe import Guards, Recipe
 from ..sampling import Sampler
+from ..scopes import Surroundings
 from .attach import Handle, attach, detach, nothing_around
 from .calls import Reader
 from .engine import Engine
 from .follow import in_turns
 from .model import LazyModule
-from .scopes import Surroundings
 from .watch import Turns, Watch
 
 #: Dense runs of all its images that a calibration takes, for `train.effort: 1`.

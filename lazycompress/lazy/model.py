@@ -10,9 +10,9 @@ from torch import nn
 
 from ..eager import around, eager
 from ..models import InPlaceOf, evaluating
+from ..scopes import opened
 from .controls import Controls
 from .engine import Engine, run
-from .scopes import opened
 
 
 class LazyModule(Controls, InPlaceOf):

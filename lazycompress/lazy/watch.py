@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..continuity import EQUAL
 from ..plan.record import Reading
 from ..sampling import NotCalledError
 from .calls import Call, Reader
-from .images import EQUAL
 from .prints import Eye, Print
 
 

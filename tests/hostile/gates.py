@@ -92,6 +92,7 @@ _RIGHT = {
     "dtype": {"missing", "a string"},
     "recipe": {"null"},
     "timestep_input": {"null"},
+    "moving": {"missing", "a list"},
     "targets": {"a list"},
     "files": {"missing"},
 }

@@ -212,7 +212,7 @@ TRIES = [
     use("a report that says the error relative to the image", relative, None),
     use("a report of images that are not finite", diverging, "no longer finite; raise target"),
     use("a summary before any call", lambda lazy: str(lazy.summary()), None),
-    use("the timestep before any call", lambda lazy: lazy.past_timestep, "has not been called since its last reset"),
+    use("the context before any call", lambda lazy: lazy.context, "has not been called since its last reset"),
     use("the state before any call", lambda lazy: lazy.context, "has not been called since its last reset"),
     use(
         "locate of the lazy model's own model",

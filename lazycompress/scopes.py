@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+#: A call is at a timestep if it differs by less than this share of the largest: bfloat16 rounds that much.
+CLOSE = 0.005
+
 
 @dataclass(frozen=True, eq=False)
 class Scope:
@@ -21,6 +24,19 @@ class Scope:
 
     timesteps: tuple[float, ...] | None = None
     in_place: bool = False
+
+    def seen_from(self, first: float) -> tuple[float, ...] | None:
+        """What a model sees of these timesteps from the call at `first` on; None if it sees other numbers, or none are known.
+
+        Pipelines give them as they are, or a thousandth of them; image-to-image begins in their midst.
+        """
+        told = self.timesteps or ()
+        for unit in (1.0, 1e-3):
+            near = [k for k, t in enumerate(told) if abs(unit * t - first) <= CLOSE * unit * max(map(abs, told))]
+            if near:
+                start = min(near, key=lambda k: (abs(unit * told[k] - first), k))
+                return tuple(unit * t for t in told[start:])
+        return None
 
 
 #: Finds the scope that a call of a module is made in, where nobody has opened one: the call of a pipeline, say.
