@@ -9,7 +9,8 @@ kind needs a state for each; so do requests that are served in turns, or in thre
    or for as many samples as there is one for.
 3. Where several are so, with the one whose last latents and outputs explain the call's latents; where none of them does, with
    none.
-4. Else the call begins a new image, with a new state.
+4. Else the call begins a new image: with a new state, or with one whose past explains its latents, as where samplers call the
+   model twice at a timestep.
 
 States take turns: one that is neither at the timestep of this call nor at the last timestep of the state that is called was
 left behind (an interrupted run, guidance that ended, a request that is slower than others). Only a call whose latents it
@@ -82,6 +83,10 @@ class State:
     @property
     def timesteps(self) -> Tensor:
         return self.tensors[0]
+
+    @property
+    def prints(self) -> Tensor:
+        return self.tensors[1]
 
     def keep(self, latents: Tensor, outputs: Sequence[Tensor], tensors: list[Tensor]) -> None:
         """What a call has left: its latents, the model's outputs, and the state for the next."""
@@ -172,6 +177,8 @@ class States:
         found = [state for state, rows in zip(fitting, onward, strict=True) if rows == most > 0]
         alone = len(found) == 1 and not found[0].asleep
         state = found[0] if alone else self._explaining(found, latents)
+        if state is None:  # a second call at a timestep is one of the same image, whether its gates know of such or not
+            state = self._explaining([s for s in fitting if s.latents and torch.equal(s.prints, prints)], latents)
         self._leave_behind(scope, state, timesteps, gates)
         if state is None:
             fresh = [spec.fresh(call.batch, latents.device) for spec in graph.state]

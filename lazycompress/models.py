@@ -51,13 +51,19 @@ def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
     Raises:
         InputError: some are only known by their position.
     """
+    found = named(bound)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL and found.pop(name, None):
+            raise InputError(f"the model's forward takes *{name}: pass its inputs by keyword")
+    return found
+
+
+def named(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments by name: those that a signature gathers by keyword by their own, those by position by that of all."""
     found: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL and value:
-            raise InputError(f"the model's forward takes *{name}: pass its inputs by keyword")
-        if kind is not inspect.Parameter.VAR_POSITIONAL:
-            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        keywords = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        found |= value if keywords else {name: value}
     return found
 
 

@@ -144,20 +144,20 @@ class Programs:
         return program
 
     def serving(self, call: Call) -> Program | LazyCompressError:
-        """The program that runs `call`; or why none does and the model itself has to, which is told once."""
-        kind = (call.key, call.shapes)
-        found: Program | LazyCompressError
+        """The program that runs `call`; or why none does, and the model itself has to."""
         try:
             self._notice(call)
-            found = self._dense.get(kind) or self._found(call)
-        except NoGraphError as error:
-            found = error
-        except (CaptureError, LocateError) as error:
-            found = self._dense[kind] = error
-        if isinstance(found, LazyCompressError) and str(found) not in self._told:
-            self._told.add(str(found))
-            _log.warning("lazycompress: %s; such calls run as they are", found)
-        return found
+            return self._dense.get((call.key, call.shapes)) or self._found(call)
+        except (NoGraphError, CaptureError, LocateError) as error:
+            return error
+
+    def leave_to_the_model(self, call: Call, why: LazyCompressError) -> None:
+        """From now on the model itself runs calls of this kind, as it can and no graph does; told once."""
+        if not isinstance(why, NoGraphError):  # which is so for as long as something stands around it
+            self._dense[call.key, call.shapes] = why
+        if str(why) not in self._told:
+            self._told.add(str(why))
+            _log.warning("lazycompress: %s; such calls run as they are", why)
 
     @eager
     def _notice(self, call: Call) -> None:
@@ -204,12 +204,8 @@ class Programs:
         """The graph of a program that runs now."""
         return program.lowered if self._each_branch else program.runs(self.gates)
 
-    def run(self, graph: LazyGraph, call: Call, more: list[Tensor]) -> list[Tensor]:
-        """What a graph gives for a call, threshold and state.
-
-        Raises:
-            InputError: the call does not fit the model.
-        """
+    def run(self, graph: LazyGraph, call: Call, more: list[Tensor]) -> list[Tensor] | InputError:
+        """What a graph gives for a call, threshold and state; or why it does not fit."""
         try:
             results = list(graph.graph_module(*call.tensors, *more))
         except torch.OutOfMemoryError:
@@ -218,9 +214,9 @@ class Programs:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             inputs = zip(call.leaves, call.tensors, strict=True)
             told = ", ".join(f"{leaf.name} {described(value)}" for leaf, value in inputs)
-            raise InputError(
+            return InputError(
                 f"{type(self._model).__name__} cannot be called so: {shortened(str(error), 200)}; it was given {told}"
-            ) from error
+            )
         if self._outputs is not None:
             given = self._outputs([results[k] for k in graph.forecast])
             for k, value in zip(graph.forecast, given, strict=True):

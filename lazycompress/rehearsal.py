@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from .errors import InputError, LazyCompressError, shortened
 from .graph.call import path_name, pattern
 from .graph.insert import is_timestep_name
-from .models import bad_weight, bind, by_name, described, evaluating, not_finite, on_meta
+from .graph.untouched import untouched
+from .models import bad_weight, bind, described, evaluating, named, not_finite, on_meta
 from .noise import own_noise
 from .sampling import Enough, Sampler, StandIn, checked
 
@@ -59,7 +60,8 @@ def rehearse(model: nn.Module, sampler: Sampler, seed: int = 0, timestep_input: 
         _compare(type(model).__name__, first, again)
         other = _Run(model, stops=True)
         torch.manual_seed(seed + 1)
-        other.sample(sampler)
+        with untouched(model):  # the run is cut off, and may have set something that it would have taken back
+            other.sample(sampler)
     if other.calls and _same(first.calls[0].noise, other.calls[0].noise):
         raise InputError(
             "the sampler starts from the same noise whatever torch's seed is: it sets a seed, or has a generator or noise of its "
@@ -105,7 +107,7 @@ class _Run:
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         where = f"call {len(self.calls) + 1} of the sampling run"
-        paths, _ = pytree.tree_flatten_with_path(by_name(bind(self.model, args, kwargs)))
+        paths, _ = pytree.tree_flatten_with_path(named(bind(self.model, args, kwargs)))
         inputs = {path_name(path): value for path, value in paths if isinstance(value, Tensor)}
         streams = [name for name, value in inputs.items() if value.dim() >= 3 and value.is_floating_point()]
         latents = next(iter(streams), next(iter(inputs), ""))

@@ -71,8 +71,7 @@ class LazyModel(InPlaceOf):
         self._lock = threading.RLock()
         self._policy: Policy = "learned"
         first = self.program(example)
-        self.branches = first.flat.branches
-        self.dense_macs = first.captured.dense_macs
+        self.branches, self.dense_macs = first.flat.branches, first.captured.dense_macs
         self.usage = Usage([branch.macs for branch in self.branches])
 
     @property
@@ -111,8 +110,7 @@ class LazyModel(InPlaceOf):
         return self._states.named(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = take_apart(self.model, args, kwargs)
-        scope = self._scope()
+        call, scope = take_apart(self.model, args, kwargs), self._scope()
         with self._lock:
             program = self.programs.serving(call)
             if not isinstance(program, LazyCompressError):
@@ -120,10 +118,11 @@ class LazyModel(InPlaceOf):
                 state = self._states.find(call, graph, self.gates, scope)
         if isinstance(program, LazyCompressError):
             return self._as_it_is(call, args, kwargs, program)
-        threshold = torch.tensor(
-            _THRESHOLDS.get(self._policy, float(self.gates.threshold)), device=call.tensors[0].device
-        )
+        limit = _THRESHOLDS.get(self._policy, float(self.gates.threshold))
+        threshold = torch.tensor(limit, device=call.tensors[0].device)
         results = self.programs.run(graph, call, [threshold, *state.tensors])
+        if isinstance(results, LazyCompressError):
+            return self._as_it_is(call, args, kwargs, results)
         count = graph.outputs
         with self._lock:
             state.keep(call.tensors[call.latents], results[:count], [value.detach() for value in results[count:-1]])
@@ -138,11 +137,13 @@ class LazyModel(InPlaceOf):
         """What the model itself gives for a call that no graph takes; `why` is raised where it does not either."""
         self.usage.add_dense(call.batch)
         try:
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
         except Exception as error:
             if isinstance(why, NoGraphError):
                 raise
             raise why from error
+        self.programs.leave_to_the_model(call, why)
+        return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LazyModel:
         dtype, places = self.dtype, _places(self.model)
@@ -164,8 +165,8 @@ class LazyModel(InPlaceOf):
             )
         names = (*_COPIED, *inspect.get_annotations(type(self)))
         kept = {name: value for name, value in vars(self).items() if name in names}
-        made_of = (self.model, self.example, self.gates, self.timestep_input, self.moving)
-        return _captured_again, (type(self), *made_of), kept
+        made_of = (type(self), self.model, self.example, self.gates, self.timestep_input, self.moving)
+        return _captured_again, made_of, kept
 
     def program(self, call: Call) -> Program:
         """The capture that runs `call`, made now if this kind of call is new."""

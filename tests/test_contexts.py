@@ -169,6 +169,21 @@ def call(lazy: LazyModel, seed: int, now: int) -> Tensor:
     return found
 
 
+def test_a_second_call_at_a_timestep_is_one_of_the_same_image(lazy: LazyModel) -> None:
+    """As second-order samplers make them, and timesteps that are rounded; another request's call is not."""
+    x = noise(0)
+    for now in (980, 840, 840, 700):
+        with torch.no_grad():
+            x = (
+                x
+                - 0.1
+                * lazy(hidden_states=x, timestep=torch.full((2,), now), class_labels=torch.tensor(LABELS)).sample[:, :1]
+            )
+        assert lazy.context == 0
+    call(lazy, 1, 700)
+    assert lazy.context == 1
+
+
 def test_no_image_is_opened_for_what_is_not_lazy(short: nn.Module) -> None:
     with pytest.raises(InputError, match="is not lazy: there is no image to open"), lazycompress.image(short):
         pass

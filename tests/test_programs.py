@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
+from lazycompress.errors import LazyCompressError
 from lazycompress.runtime import LazyModel, wrap
 
 from .export_models import alike
@@ -199,3 +200,33 @@ def test_what_calls_change_themselves_is_no_change(caplog: pytest.LogCaptureFixt
         image(lazy.model)  # counts
         assert equals_the_model(lazy)
     assert len([r for r in caplog.records if "again" in r.message]) == 0
+
+
+class Thirds(nn.Module):
+    """A model that splits its batch, as guidance of several kinds does; a graph knows into how many parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        parts = x.chunk(3)
+        x = torch.cat([parts[0], *parts[1:]]) + 0.001 * t[:, None, None]
+        x = x + nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), x)
+        return x + self.second(torch.relu(self.first(x)))
+
+
+@torch.no_grad()
+def test_what_no_graph_runs_and_the_model_does_is_run_by_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Thirds()
+    lazy = wrap(model, (torch.randn(6, 5, 4), torch.full((6,), 900.0)), {})
+    for time in (800.0, 700.0):
+        x = torch.randn(4, 5, 4)  # two parts
+        assert torch.equal(lazy(x, torch.full((4,), time)), model(x, torch.full((4,), time)))
+    summary = lazy.summary()
+    assert summary.calls == summary.dense == 2
+    assert [record.message.count("such calls run as they are") for record in caplog.records].count(1) == 1
+    with pytest.raises(LazyCompressError, match="cannot capture Thirds"):  # and neither does the model
+        lazy(torch.randn(4, 5, 3), torch.full((4,), 600.0))

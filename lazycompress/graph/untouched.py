@@ -21,7 +21,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     attributes = [(vars(owner), dict(vars(owner))) for owner in [*model.modules(), *_helpers(model)]]
     values = [value for _, before in attributes for value in before.values()]
     containers = [(value, _contents(value)) for value in values if isinstance(value, dict | list | set)]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()
+    ]
     places = [(weight, weight.data) for weight in (*model.parameters(), *model.buffers())]
     memoised = [(function, function.cache_info().misses) for function in _memoised(model)]
     try:

@@ -98,8 +98,7 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
         progress=progress, budget=max(2.0, RUNS * train.effort), checkpoint=train.checkpoint or None,
     )  # fmt: skip
     if recipe.goal in ("psnr", "max_error"):
-        first = learn_at(max(0.5, least))
-        found = _close_enough(first, partial(learn_at, calibration=first.calibration), recipe, least)
+        found = _close_enough(learn_at, recipe, least)
     else:
         found = learn_at(target)
     planner = Search(found.calibration, recipe.forecast, guards)
@@ -127,15 +126,26 @@ def _timed(watch: Watch, sampler: Sampler, recipe: Recipe, least: float) -> floa
     return share
 
 
-def _close_enough(first: Learned, learn_at: Callable[[float], Learned], recipe: Recipe, least: float) -> Learned:
-    """The cheapest plan that is as close to the dense images as the recipe asks for; `first` is one for half of the calls."""
+def _close_enough(learn_at: Callable[..., Learned], recipe: Recipe, least: float) -> Learned:
+    """The cheapest plan that is as close to the dense images as the recipe asks for."""
 
     def good(found: Learned) -> bool:
         if recipe.psnr is not None:
             return found.report.psnr >= recipe.psnr
         return found.report.error <= (recipe.max_error or 0.0)
 
-    return cheapest(first, learn_at, good, least) or learn_at(1.0)
+    first = learn_at(max(0.5, least))
+    found = cheapest(first, partial(learn_at, calibration=first.calibration), good, least)
+    if found is None:
+        return learn_at(1.0, calibration=first.calibration)
+    # What true runs told was about plans of half of the calls. Far from there, a calibration of its own may save a call more.
+    calls = len(found.plan.computes)
+    while sum(found.plan.computes) - 1 >= max(1, round(least * calls)):
+        fewer = learn_at((sum(found.plan.computes) - 1) / calls)
+        if not good(fewer):
+            break
+        found = fewer
+    return found
 
 
 def _check_times(times: Sequence[float], streams: Sequence[int], target: float) -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError
 from ..free_memory import available, size_of
 from ..graph.lower import lazy_branches
+from ..graph.untouched import untouched
 from ..noise import own_noise
 from ..recipe import Recipe
 from ..runtime import LazyModel
@@ -134,9 +135,13 @@ def bytes_of_a_call(lazy: LazyModel, sampler: Sampler) -> int:
         parameter.requires_grad_(False)
     lazy.reset()
     try:
-        with own_noise(), torch.enable_grad(), lazy.programs.controlled(recorder), torch.autograd.graph.saved_tensors_hooks(
-            recorder.keep, lambda kept: kept
-        ):  # fmt: skip
+        with (
+            own_noise(),
+            untouched(lazy.model),  # the run is cut off, and may have set something that it would have taken back
+            torch.enable_grad(),
+            lazy.programs.controlled(recorder),
+            torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda kept: kept),
+        ):
             sampler(lazy)
     except Enough:
         pass

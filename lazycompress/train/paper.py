@@ -161,7 +161,7 @@ class _Update:
         """All that the next update depends on."""
         return {
             "done": done,
-            "gates": self.lazy.gates.state_dict(),
+            "gates": dict(self.lazy.gates.state_dict()),
             "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "penalty": self.penalty,

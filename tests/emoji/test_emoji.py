@@ -180,7 +180,7 @@ class TestBundled:
         drawn = prompts().seen[::100]
         dense, fewer = (generate(pipe, drawn, steps=steps, seed=7) for steps in (28, 14))
         call = {"height": 32, "width": 32, "num_inference_steps": 28, "guidance_scale": 4.0, "max_sequence_length": 1}
-        recipe = {"target": 0.5, "pipeline": {"prompts": prompts().seen[50::100], "batch": 8, "call": call}}
+        recipe = {"target": 0.5, "pipeline": {"prompts": prompts().seen[50::100], "batch": 16, "call": call}}
         lazycompress.apply(pipe, recipe, progress=False)
         lazy = generate(pipe, drawn, steps=28, seed=7)
         gained = psnr(lazy, dense).mean() - psnr(fewer, dense).mean()

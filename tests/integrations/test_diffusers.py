@@ -337,6 +337,22 @@ def test_guidance_that_sets_processors_leaves_them_as_they_were() -> None:
         assert np.array_equal(sample(pipe, call, pag_scale=scale), images[scale])
 
 
+@pytest.mark.slow(seconds=12)
+def test_learning_branches_leaves_processors_as_they_were() -> None:
+    parts = make_pixart().components
+    names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+    pipe = quiet(PixArtSigmaPAGPipeline(**{name: parts[name] for name in names}, pag_applied_layers=["blocks.0"]))
+    call = PIPELINES["pixart"].call
+    before = pipe.transformer.attn_processors
+    images = {scale: sample(pipe, call, pag_scale=scale) for scale in (0.0, 3.0)}
+    plan = {"units": "branches", "target": 0.5, "train": {"effort": 0.1}}
+    lazycompress.apply(pipe, plan, call_kwargs={**call, "num_inference_steps": STEPS, "pag_scale": 3.0}, progress=False)
+    assert pipe.transformer.model.attn_processors == before
+    set_policy(pipe, "compute")
+    for scale in (3.0, 0.0, 3.0):
+        assert np.array_equal(sample(pipe, call, pag_scale=scale), images[scale])
+
+
 def test_a_capture_that_fails_leaves_offloaded_weights_where_they_were() -> None:
     pipe, call = make_sd3(), PIPELINES["sd3"].call
     place = torch.device("cpu")

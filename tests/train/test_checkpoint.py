@@ -103,7 +103,7 @@ def test_the_papers_training_goes_on_after_its_last_updates(
 @pytest.mark.slow(seconds=30)
 def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gates = tmp_path / "gates"
-    settings = {"train.effort": 0.5, "sampling.steps": 8, "sampling.batch": 8}
+    settings = {"units": "branches", "train.effort": 0.5, "sampling.steps": 8, "sampling.batch": 8}
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     arguments = ["apply", "--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml", *options, "--json", str(gates)]
     kept = tmp_path / "gates.training"
@@ -125,7 +125,7 @@ def test_killed_for_real_and_resumed_on_the_command_line(tmp_path: Path, capsys:
     assert not kept.exists(), "what is done needs no checkpoint"
     assert "checkpoint: ''" in load_recipe(json.loads((gates / "gates.json").read_text())["recipe"]).to_yaml()
     with pytest.raises(SystemExit):
-        main([*arguments, "--resume"])
+        main([*arguments, "--resume", "--overwrite"])
     assert "nothing to resume" in capsys.readouterr().err
 
 

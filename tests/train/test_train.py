@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import lazycompress
 from lazycompress import LazyCompressError
+from lazycompress.errors import InputError
 from lazycompress.recipe_loading import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import build_inputs, build_sampler
 from lazycompress.train.schedule import Limits, Planner, run_lengths
 from lazycompress.train.trajectory import Effects, linearise, run
 from lazycompress.train.whole import of_whole, together
+from tests.conftest import two_blocks
 
 QUICK = {"units": "branches", "train.effort": 0.25, "sampling.steps": 12, "sampling.batch": 8}
 
@@ -293,3 +295,11 @@ def test_a_target_out_of_reach_is_one_line(learned: LazyModel, target: float, ex
     with pytest.raises(LazyCompressError, match=expected):
         learned.set_target(target)
     assert torch.equal(learned.gates.bias, before)
+
+
+def test_a_model_made_in_inference_mode_is_not_learned_with_gradients() -> None:
+    with torch.inference_mode():
+        model = two_blocks()
+    recipe = {"units": "branches", "sampling.steps": 2, "sampling.batch": 1}
+    with pytest.raises(InputError, match=r"was made under torch\.inference_mode\(\).*units: calls"):
+        lazycompress.apply(model, load_recipe("digits_dit.yaml", overrides=recipe), progress=False)
