@@ -60,19 +60,21 @@ class Gates(nn.Module):
         self.kind = "linear"
         self.holds = False
         self.register_buffer("grid", grid.to(torch.float32).sort().values)
-        self.register_buffer("threshold", torch.tensor(0.5))
-        self.register_buffer("direction", torch.tensor(float(direction)))
-        self.register_buffer("slope", torch.tensor(0.0))
-        self.register_buffer("phase", torch.tensor(0.0))
+        self.register_buffer("threshold", torch.tensor(0.5, dtype=torch.float32))
+        self.register_buffer("direction", torch.tensor(float(direction), dtype=torch.float32))
+        self.register_buffer("slope", torch.tensor(0.0, dtype=torch.float32))
+        self.register_buffer("phase", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("order", torch.tensor(0))
         self.register_buffer("static", torch.tensor(0))
         self.register_buffer("frontier", torch.zeros(0, len(self.names), self.grid.shape[0], dtype=torch.bool))
         self.register_buffer("longest", torch.tensor(self.grid.shape[0]))
         size = self.grid.shape[0]
-        self.weights = nn.ParameterList([nn.Parameter(torch.zeros(size, width)) for width in widths])
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.zeros(size, width, dtype=torch.float32)) for width in widths]
+        )
         # An untrained gate computes: sigmoid(-4) = 0.018.
-        self.bias = nn.Parameter(torch.full((len(self.names), size), -4.0))
-        self.register_buffer("rank", torch.full((len(self.names), size), torch.inf))
+        self.bias = nn.Parameter(torch.full((len(self.names), size), -4.0, dtype=torch.float32))
+        self.register_buffer("rank", torch.full((len(self.names), size), torch.inf, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         # A change of dtype is for a model's weights: a gate in half precision would not know its timesteps apart.
@@ -157,8 +159,8 @@ class Gates(nn.Module):
     @torch.no_grad()
     def decisions(self, timesteps: Tensor) -> Tensor:
         """What the gates decide over one image, their weights left out: bool [calls, branches] for timesteps [calls]."""
-        past = torch.full((1, 4 + len(self.names)), self.never)
-        before, nothing = torch.full((1,), self.never), torch.zeros(1, 1)
+        past = torch.full((1, 4 + len(self.names)), self.never, dtype=torch.float32)
+        before, nothing = torch.full((1,), self.never, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.float32)
         direction, phase = self.direction.cpu(), self.phase.cpu()
         taken = []
         for timestep in timesteps.detach().cpu().float().reshape(-1, 1):

@@ -119,7 +119,7 @@ class LazyModel(InPlaceOf):
         if isinstance(program, LazyCompressError):
             return self._as_it_is(call, args, kwargs, program)
         limit = _THRESHOLDS.get(self._policy, float(self.gates.threshold))
-        threshold = torch.tensor(limit, device=call.tensors[0].device)
+        threshold = torch.tensor(limit, dtype=torch.float32, device=call.tensors[0].device)
         results = self.programs.run(graph, call, [threshold, *state.tensors])
         if isinstance(results, LazyCompressError):
             return self._as_it_is(call, args, kwargs, results)

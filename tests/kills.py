@@ -130,9 +130,10 @@ def _state(place: Path, kind: Kind) -> str:
     if not place.exists():
         return "none"
     try:
-        files = read_json(place / kind.marker)["files"]
+        marker = next((name for name in (kind.marker, kind.other) if name and (place / name).exists()), kind.marker)
+        files = read_json(place / marker)["files"]
         whole = all(sha256_of(place / name) == entry["sha256"] for name, entry in files.items())
-        there = {path.name for path in place.iterdir()} == {kind.marker, *files}
+        there = {path.name for path in place.iterdir()} == {marker, *(name.split("/")[0] for name in files)}
     except (LazyCompressError, OSError, KeyError):
         return "half"
     return "whole" if whole and there else "half"

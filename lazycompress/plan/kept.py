@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from ..errors import ExportError, InputError
 from .calibration import Floats
 
 ABOUT_FILE = "about.json"
+
+#: What a calibration depends on: keys of `about.json`.
+KEYS = frozenset(("lazycompress", "images", "seed", "budget", "weights"))
+
+_RESULT, _PART = re.compile(r"(dense|skip)-[0-9-]+\.safetensors"), re.compile(r"\..+\.part")
 
 
 class Kept:
@@ -81,3 +88,20 @@ class Kept:
             os.replace(beside, path)
         except OSError as error:
             raise ExportError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+
+
+def discard(folder: Path) -> None:
+    """Delete what a calibration keeps in a folder, and the folder if nothing else is in it; others' folders stay as they are."""
+    about = folder / ABOUT_FILE
+    try:
+        found = json.loads(about.read_text(encoding="utf-8")) if not folder.is_symlink() else None
+    except (OSError, ValueError):
+        return
+    if not isinstance(found, dict) or found.keys() != KEYS:
+        return
+    for path in folder.iterdir():
+        own = path.name == ABOUT_FILE or _RESULT.fullmatch(path.name) or _PART.fullmatch(path.name)
+        if own and not path.is_dir():
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()

@@ -25,6 +25,7 @@ from .. import __version__
 from ..encoding import EncodingError, decode, encode
 from ..errors import ExportError, InputError, RecipeError
 from ..files import checked, kind_of, path_of, read_json, read_tensors, write_tensors
+from ..plan.kept import discard as discard_calibration
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..weights import weights_hash
@@ -173,6 +174,8 @@ def discard(folder: Path) -> None:
     """Delete what trainings keep in a folder and in those in it, and the folders if nothing else is in them."""
     if folder.is_symlink():
         return
+    for inner in (*(path.parent for path in folder.glob(f"*/{ABOUT_FILE}")), folder):
+        discard_calibration(inner)
     found = [path.parent for path in (folder / ABOUT_FILE, *folder.glob(f"*/{ABOUT_FILE}")) if _keeps_training(path)]
     for inner in found:
         for path in inner.iterdir():

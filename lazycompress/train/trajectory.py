@@ -285,8 +285,8 @@ def linearise(
     difference = torch.zeros_like(flat) if dense is None else (flat - dense.reshape(samples, -1)).detach()
     generator = torch.Generator().manual_seed(seed)
     ages = (max_age + 1) * (1 + tape.order)
-    effects = torch.zeros(samples, probes, steps, branches + 1, ages)
-    offset = torch.zeros(samples, probes)
+    effects = torch.zeros(samples, probes, steps, branches + 1, ages, dtype=torch.float32)
+    offset = torch.zeros(samples, probes, dtype=torch.float32)
     for k in range(probes):
         signs = torch.randint(0, 2, flat.shape, generator=generator).to(flat) * 2 - 1
         probe = signs / flat.shape[1] ** 0.5
@@ -303,7 +303,7 @@ def linearise(
         effects[..., branches:, :],
         offset,
         difference.square().mean(dim=1),
-        torch.tensor(tape.timesteps),
+        torch.tensor(tape.timesteps, dtype=torch.float32),
         torch.tensor(tape.times, dtype=torch.float64),
         torch.tensor(tape.may_reuse),
         forwards,
@@ -334,7 +334,7 @@ def _effects_of(
     )
     y, f = rows(used), rows(fresh)
     own = (g * y).sum(dim=2)
-    found = torch.zeros(tape.batch, tape.steps, ages, device=g.device)
+    found = torch.zeros(tape.batch, tape.steps, ages, dtype=torch.float32, device=g.device)
     # Of the products of all steps with all steps only those near the diagonal are needed: block by block.
     for start in range(0, len(at), ages):
         first = max(0, start - ages + 1)

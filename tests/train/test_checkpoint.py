@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,12 +18,13 @@ from torch import nn
 from lazycompress import LazyCompressError
 from lazycompress.cli import main
 from lazycompress.integrations.digits.model import WEIGHTS_DIR
+from lazycompress.plan.kept import Kept
 from lazycompress.recipe_loading import load_recipe
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import build_sampler
 from lazycompress.train import checkpoint as checkpoints
 from lazycompress.train import runs
-from lazycompress.train.checkpoint import Checkpoint, fingerprint
+from lazycompress.train.checkpoint import Checkpoint, discard, fingerprint
 from tests.conftest import two_blocks
 
 from .quick import PAPER, QUICK, learn, same_gates
@@ -217,3 +219,30 @@ def test_what_was_kept_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest
 def test_the_fingerprint_of_a_model_is_its_own(short: nn.Module) -> None:
     one, two = (learn(short, {**QUICK, "train.enabled": False}) for _ in range(2))
     assert fingerprint(one) == fingerprint(two)
+
+
+def test_what_a_calibration_kept_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    about = {"lazycompress": "0.1.0", "images": 2, "seed": 0, "budget": 2.0, "weights": ""}
+    kept = Kept(tmp_path / "out.training", about)
+    kept.put("dense-0", {"image": np.zeros(3)})
+    other = tmp_path / "other.training"
+    Kept(other, {"mine": 1})
+    discard(tmp_path / "out.training")
+    discard(other)
+    assert [path.name for path in tmp_path.rglob("*")] == ["other.training", "about.json"]
+    kept = Kept(tmp_path / "out.training", about)
+    (tmp_path / "out.training" / "notes.txt").write_text("mine")
+    discard(tmp_path / "out.training")
+    assert [path.name for path in (tmp_path / "out.training").iterdir()] == ["notes.txt"]
+
+
+def test_learning_on_the_command_line_leaves_nothing_beside_its_folder(tmp_path: Path) -> None:
+    settings = ["--set", "train.effort=0.01", "--set", "sampling.steps=4", "--set", "sampling.batch=2", "--json"]
+    for seed in range(2):
+        main(
+            [
+                "apply", "--model", str(WEIGHTS_DIR), "--recipe", "digits_dit.yaml", *settings, "--set",
+                f"train.seed={seed}", "--overwrite", str(tmp_path / "plan"),
+            ]
+        )  # fmt: skip
+        assert [path.name for path in tmp_path.iterdir()] == ["plan"]

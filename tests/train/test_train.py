@@ -303,3 +303,19 @@ def test_a_model_made_in_inference_mode_is_not_learned_with_gradients() -> None:
     recipe = {"units": "branches", "sampling.steps": 2, "sampling.batch": 1}
     with pytest.raises(InputError, match=r"was made under torch\.inference_mode\(\).*units: calls"):
         lazycompress.apply(model, load_recipe("digits_dit.yaml", overrides=recipe), progress=False)
+
+
+def test_learning_does_not_depend_on_the_default_dtype() -> None:
+    overrides = {"units": "branches", "sampling.steps": 4, "sampling.batch": 2, "train.effort": 0.02}
+    recipe = load_recipe("digits_dit.yaml", overrides=overrides)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            lazy = lazycompress.apply(two_blocks().float(), recipe, progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        gates: dict[str, Tensor] = lazy.gates.state_dict()
+        assert all(value.dtype is torch.float32 for value in gates.values() if value.is_floating_point())
+        found.append(gates["bias"])
+    torch.testing.assert_close(found[0], found[1])
