@@ -148,6 +148,10 @@ class States:
         self._last = None
         self._all.clear()
 
+    def drop(self, state: State) -> None:
+        """Forget the state of a call that did not come about."""
+        self._all = [other for other in self._all if other is not state]
+
     def end(self, scope: Scope) -> None:
         """The images of a run are over."""
         self._all = [state for state in self._all if state.scope != scope]

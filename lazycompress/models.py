@@ -17,11 +17,16 @@ from .errors import InputError
 def signature_of(model: nn.Module) -> inspect.Signature:
     """The parameters of the model's forward.
 
+    What stands around it may take any arguments, as hooks of offloading do: then those of its class count.
+
     Raises:
         InputError: it has none that Python knows, as a compiled script has not.
     """
     try:
-        return inspect.signature(model.forward)
+        found = inspect.signature(model.forward)
+        if "forward" in vars(model) and any(p.kind is p.VAR_POSITIONAL for p in found.parameters.values()):
+            found = inspect.signature(type(model).forward.__get__(model))
+        return found
     except (TypeError, ValueError):
         what = "a torch.jit script" if isinstance(model, torch.jit.ScriptModule) else type(model).__name__
         raise InputError(

@@ -122,6 +122,8 @@ class LazyModel(InPlaceOf):
         threshold = torch.tensor(limit, dtype=torch.float32, device=call.tensors[0].device)
         results = self.programs.run(graph, call, [threshold, *state.tensors])
         if isinstance(results, LazyCompressError):
+            with self._lock:
+                self._states.drop(state)
             return self._as_it_is(call, args, kwargs, results)
         count = graph.outputs
         with self._lock:
@@ -197,11 +199,7 @@ class LazyModel(InPlaceOf):
                 self.reset()
 
     def set_gates(self, gates: Gates) -> None:
-        """Use other gates, of any timestep grid, in every capture there is.
-
-        Raises:
-            LazyCompressError: the model is quantized, and these gates need another graph.
-        """
+        """Use other gates, of any timestep grid, in every capture there is; see `Programs.set_gates`."""
         self.programs.set_gates(gates)
         self.gates = gates
         self.reset()
@@ -211,8 +209,9 @@ class LazyModel(InPlaceOf):
         return targets.expected_ratio(self.gates, targets.shares(self.branches), timesteps)
 
     def set_target(self, target: float, timesteps: Tensor | None = None) -> float:
-        """Move the gates so that at most `target` of the branches' MACs are computed, without training.
+        """Move the gates so that at most `target` of the branches' MACs are computed, and return the share they now give.
 
+        Nothing is trained, and per-sample weights are left out.
         Training leaves schedules for a few budgets, and the order in which reuse pays: the nearest of the schedules is
         filled up or thinned out in that order, by whole steps if it is made of them.
 
@@ -220,9 +219,6 @@ class LazyModel(InPlaceOf):
             target: computed share of the branches' MACs, in (0, 1].
             timesteps: of the calls of another sampler, in their order: the share is met there, by stretching or shrinking
                 the times that outputs are kept.
-
-        Returns:
-            The share that the gates now give; per-sample weights are left out.
 
         Raises:
             LazyCompressError: the gates, or the guards they were trained under, allow no such share.

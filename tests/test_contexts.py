@@ -161,6 +161,24 @@ def test_an_image_of_a_stochastic_sampler_is_opened_and_over(lazy: LazyModel) ->
         assert torch.equal(call(lazy, 4, TIMES[4]), dense)
 
 
+def test_two_runs_of_a_stochastic_sampler_at_once_go_on_with_their_own(lazy: LazyModel) -> None:
+    lazy.policy = "reuse"
+    gate = threading.Barrier(2)
+
+    def work(run: int) -> None:
+        with lazycompress.image(lazy):
+            for k, now in enumerate(TIMES):
+                gate.wait(20)
+                call(lazy, 10 * run + k, now)
+
+    threads = [threading.Thread(target=work, args=(run,)) for run in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lazy.summary().skip_ratio == pytest.approx(1 - 1 / len(TIMES))
+
+
 def call(lazy: LazyModel, seed: int, now: int) -> Tensor:
     with torch.no_grad():
         found: Tensor = lazy(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -97,15 +96,14 @@ EXTRAS = ["diffusers", "transformers", "accelerate", "matplotlib", "openvino", "
           "onnxscript", "optimum", "sklearn", "scipy"]  # fmt: skip
 
 
-def test_the_core_imports_without_extras_and_fast() -> None:
+def test_the_core_imports_without_extras() -> None:
     code = "from lazycompress import Recipe, LazyModel, apply, locate, load, save, export; print('yes')"
-    times = []
-    for _ in range(2):  # the first may compile bytecode
-        started = time.perf_counter()
-        assert without(EXTRAS, "import lazycompress; print('yes')") == "yes"
-        times.append(time.perf_counter() - started)
-    assert min(times) < 3.0
     assert without(EXTRAS, code) == "yes"
+
+
+def test_importing_the_package_imports_no_extra() -> None:
+    """What takes long to import is imported when it is used; torch alone is always."""
+    assert without([], f"import lazycompress; print([name for name in {EXTRAS} if name in sys.modules])") == "[]"
 
 
 #: What is done, and the package and extra that it needs.

@@ -10,6 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from lazycompress.errors import LazyCompressError
 from lazycompress.runtime import LazyModel, wrap
@@ -222,9 +223,15 @@ def test_what_no_graph_runs_and_the_model_does_is_run_by_the_model(caplog: pytes
     torch.manual_seed(0)
     model = Thirds()
     lazy = wrap(model, (torch.randn(6, 5, 4), torch.full((6,), 900.0)), {})
+    splits = []
     for time in (800.0, 700.0):
         x = torch.randn(4, 5, 4)  # two parts
-        assert torch.equal(lazy(x, torch.full((4,), time)), model(x, torch.full((4,), time)))
+        expected = model(x, torch.full((4,), time))
+        with profile() as profiler:
+            assert torch.equal(lazy(x, torch.full((4,), time)), expected)
+        splits.append(sum(event.count for event in profiler.key_averages() if event.key == "aten::split"))
+        assert len(lazy._states) == 0
+    assert splits == [2, 1]  # no graph is tried a second time
     summary = lazy.summary()
     assert summary.calls == summary.dense == 2
     assert [record.message.count("such calls run as they are") for record in caplog.records].count(1) == 1

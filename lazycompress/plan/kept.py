@@ -15,15 +15,21 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from .. import __version__
 from ..errors import ExportError, InputError
 from .calibration import Floats
 
 ABOUT_FILE = "about.json"
 
-#: What a calibration depends on: keys of `about.json`.
-KEYS = frozenset(("lazycompress", "images", "seed", "budget", "weights"))
+#: Names of files that were cut off.
+PART = re.compile(r"\..+\.part")
 
-_RESULT, _PART = re.compile(r"(dense|skip)-[0-9-]+\.safetensors"), re.compile(r"\..+\.part")
+_RESULT = re.compile(r"(dense|skip)-[0-9-]+\.safetensors")
+
+
+def about(images: int, seed: int, budget: float, weights: str) -> dict[str, Any]:
+    """What a calibration depends on: `about.json`."""
+    return {"lazycompress": __version__, "images": images, "seed": seed, "budget": budget, "weights": weights}
 
 
 class Kept:
@@ -92,15 +98,18 @@ class Kept:
 
 def discard(folder: Path) -> None:
     """Delete what a calibration keeps in a folder, and the folder if nothing else is in it; others' folders stay as they are."""
-    about = folder / ABOUT_FILE
     try:
-        found = json.loads(about.read_text(encoding="utf-8")) if not folder.is_symlink() else None
+        found = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8")) if not folder.is_symlink() else None
     except (OSError, ValueError):
         return
-    if not isinstance(found, dict) or found.keys() != KEYS:
-        return
+    if isinstance(found, dict) and found.keys() == about(0, 0, 0.0, "").keys():
+        empty(folder, _RESULT)
+
+
+def empty(folder: Path, results: re.Pattern[str]) -> None:
+    """Delete results, what they are of, and files that were cut off; and the folder if nothing else is in it."""
     for path in folder.iterdir():
-        own = path.name == ABOUT_FILE or _RESULT.fullmatch(path.name) or _PART.fullmatch(path.name)
+        own = path.name == ABOUT_FILE or results.fullmatch(path.name) or PART.fullmatch(path.name)
         if own and not path.is_dir():
             path.unlink(missing_ok=True)
     with suppress(OSError):

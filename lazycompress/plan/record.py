@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import __version__
 from ..errors import InputError
 from ..sampling import Sampler
 from .calibration import Calibration, Floats, hash_of
-from .kept import Kept
+from .kept import Kept, about
 from .mixing import Mixing, mixing_of
 from .respond import Skip, gain_of, respond, skips_of
 from .runs import Denoise, Dense, Read, Reading
@@ -60,8 +59,7 @@ def calibrate(
             f"a calibration has an image at least, and a budget of 2 runs; there were {images} and {budget}"
         )
     weights = hash_of(denoise)
-    about = {"lazycompress": __version__, "images": images, "seed": seed, "budget": budget, "weights": weights}
-    kept = Kept(checkpoint, about)
+    kept = Kept(checkpoint, about(images, seed, budget, weights))
     dense = Dense(denoise, read)
     with tqdm(desc="calibrating", unit="call", disable=not progress) as bar:
         dense.advance = bar.update

@@ -25,16 +25,15 @@ from .. import __version__
 from ..encoding import EncodingError, decode, encode
 from ..errors import ExportError, InputError, RecipeError
 from ..files import checked, kind_of, path_of, read_json, read_tensors, write_tensors
+from ..plan.kept import ABOUT_FILE, PART, empty
 from ..plan.kept import discard as discard_calibration
 from ..recipe import Recipe
 from ..runtime import LazyModel
 from ..weights import weights_hash
 from .distributed import Group
 
-ABOUT_FILE = "about.json"
-
-#: Names of results, of files that were cut off, and the key of a result's structure in its file.
-_RESULT, _PART, _STRUCTURE = re.compile(r"[0-9a-f]{32}\.safetensors"), re.compile(r"\..+\.part"), "structure"
+#: Names of results, and the key of a result's structure in its file.
+_RESULT, _STRUCTURE = re.compile(r"[0-9a-f]{32}\.safetensors"), "structure"
 
 #: Recipe keys that say nothing about what is learned.
 _ELSEWHERE = ("train.checkpoint", "export.")
@@ -75,7 +74,7 @@ class Checkpoint:
         elif main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                other = next((p.name for p in sorted(self.folder.iterdir()) if not _PART.fullmatch(p.name)), None)
+                other = next((p.name for p in sorted(self.folder.iterdir()) if not PART.fullmatch(p.name)), None)
                 if other is not None and not any(self.folder.glob(f"*/{ABOUT_FILE}")):
                     raise ExportError(
                         f"train.checkpoint: {self.folder} is not empty and keeps no training (it holds {other}); choose "
@@ -178,13 +177,10 @@ def discard(folder: Path) -> None:
         discard_calibration(inner)
     found = [path.parent for path in (folder / ABOUT_FILE, *folder.glob(f"*/{ABOUT_FILE}")) if _keeps_training(path)]
     for inner in found:
-        for path in inner.iterdir():
-            own = path.name == ABOUT_FILE or _RESULT.fullmatch(path.name) or _PART.fullmatch(path.name)
-            if own and not path.is_dir():
-                path.unlink(missing_ok=True)
-    for inner in (*found, folder) if found else ():
+        empty(inner, _RESULT)
+    if found:
         with suppress(OSError):
-            inner.rmdir()
+            folder.rmdir()
 
 
 def _keeps_training(path: Path) -> bool:

@@ -353,10 +353,13 @@ def test_learning_branches_leaves_processors_as_they_were() -> None:
         assert np.array_equal(sample(pipe, call, pag_scale=scale), images[scale])
 
 
-def test_a_capture_that_fails_leaves_offloaded_weights_where_they_were() -> None:
+@pytest.mark.parametrize(
+    "how", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_a_capture_that_fails_leaves_offloaded_weights_where_they_were(how: dict[str, Any]) -> None:
     pipe, call = make_sd3(), PIPELINES["sd3"].call
     place = torch.device("cpu")
-    apply_group_offloading(pipe.transformer, onload_device=place, offload_device=place, offload_type="leaf_level")
+    apply_group_offloading(pipe.transformer, onload_device=place, offload_device=place, **how)
     dense = sample(pipe, call)
     with pytest.raises(LazyCompressError, match="cannot capture"):
         lazycompress.apply(pipe, {"units": "branches"}, call_kwargs={**call, "num_inference_steps": 2}, progress=False)
