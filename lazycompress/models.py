@@ -24,7 +24,8 @@ def signature_of(model: nn.Module) -> inspect.Signature:
     """
     try:
         found = inspect.signature(model.forward)
-        if "forward" in vars(model) and any(p.kind is p.VAR_POSITIONAL for p in found.parameters.values()):
+        any_arguments = any(p.kind is p.VAR_POSITIONAL for p in found.parameters.values())
+        if "forward" in vars(model) and any_arguments and type(model).forward is not nn.Module.forward:
             found = inspect.signature(type(model).forward.__get__(model))
         return found
     except (TypeError, ValueError):
