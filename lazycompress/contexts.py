@@ -5,11 +5,12 @@ kind needs a state for each; so do requests that are served in turns, or in thre
 
 1. Only states of the call's own run of a sampler fit (where that is known), and inside `cache_context(name)` only those of that
    name.
-2. The call goes on with the state whose conditioning is that of the call and whose last timestep it is past: for every sample,
-   or for as many samples as there is one for.
+2. The call goes on with the state whose conditioning is that of the call and whose last timestep it is past.
 3. Where several are so, with the one whose last latents and outputs explain the call's latents; where none of them does, with
-   none.
-4. Else the call begins a new image: with a new state, or with one whose past explains its latents, as where samplers call the
+   none. And with none if those of its last call were explained, and these are not.
+4. Where no state is so for the whole batch, each sample looks for one of its own, at any place of any batch: samples join,
+   leave, and change places.
+5. Else the call begins a new image: with a new state, or with one whose past explains its latents, as where samplers call the
    model twice at a timestep.
 
 States take turns: one that is neither at the timestep of this call nor at the last timestep of the state that is called was
@@ -20,21 +21,24 @@ of calls.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .continuity import EQUAL, FEWEST, UNEXPLAINED, unexplained
+from .continuity import FEWEST, UNEXPLAINED, unexplained
+from .eager import eager
 from .errors import LazyCompressError
-from .gate import fingerprint, timestep_per_sample, valid
+from .gate import fingerprint, same, timestep_per_sample, valid
 from .gates import Gates
 from .graph.call import Call
-from .graph.insert import LazyGraph
+from .graph.insert import LazyGraph, StateSpec
 from .scopes import Scope
+from .state import State, joined
 
 #: States that are kept at most: guidance needs two or three, and every request that is under way as many.
 MOST = 32
@@ -45,68 +49,7 @@ MOST_ASLEEP, MOST_BEGUN = 8, 4
 #: Calls of others after which a state is forgotten.
 PATIENCE = 64
 
-#: Outputs that are kept: multistep samplers make the next latents of as many.
-_OUTPUTS = 3
-
 _names: ContextVar[tuple[tuple[int, str], ...]] = ContextVar("lazycompress_names", default=())
-
-
-@dataclass(eq=False)
-class State:
-    """What one context keeps.
-
-    Attributes:
-        scope: the run of a sampler that its calls belong to, or None.
-        kind: sizes, graph and name of its calls.
-        number: its place among those that take turns.
-        tensors: timesteps [batch], fingerprints [batch, k], past times, then one cache per branch stream.
-        at: timesteps of its last call, that one included which runs now.
-        step: from the timesteps of the call before to these; zeros in the first.
-        latents, outputs: of its last calls, copies, the newest first, two and three at most; empty before the first.
-        calls: that have gone on with it, the first included.
-        idle: calls of other states since.
-        asleep: whether it was left behind.
-    """
-
-    scope: Scope | None
-    kind: Hashable
-    number: int
-    tensors: list[Tensor]
-    at: Tensor
-    step: Tensor
-    latents: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    calls: int = 0
-    idle: int = 0
-    asleep: bool = False
-
-    @property
-    def timesteps(self) -> Tensor:
-        return self.tensors[0]
-
-    @property
-    def prints(self) -> Tensor:
-        return self.tensors[1]
-
-    def keep(self, latents: Tensor, outputs: Sequence[Tensor], tensors: list[Tensor]) -> None:
-        """What a call has left: its latents, the model's outputs, and the state for the next."""
-        alike = [o.detach().clone() for o in outputs if o.dim() == latents.dim() and o.is_floating_point()]
-        self.tensors = tensors
-        self.latents = [latents.detach().clone(), *self.latents[:1]]
-        self.outputs = [*alike[:1], *self.outputs][:_OUTPUTS]
-
-    def sees(self, other: State, row: int, other_row: int) -> bool:
-        """Whether a sample had the latents of its last call in common with one of another state: guidance.
-
-        The other may be a call ahead.
-        """
-        mine = self.latents[0][row].float()
-        return any(
-            mine.shape == theirs[other_row].shape
-            and mine.device == theirs.device
-            and bool((mine - theirs[other_row]).norm() <= EQUAL * mine.norm())
-            for theirs in other.latents
-        )
 
 
 class States:
@@ -156,15 +99,15 @@ class States:
         """The images of a run are over."""
         self._all = [state for state in self._all if state.scope != scope]
 
+    @eager
     def find(self, call: Call, graph: LazyGraph, gates: Gates, scope: Scope | None = None) -> State:
         """The state to run a call with.
 
-        States of other sizes, of another batch, of another graph or of another run of a sampler (its `scope`, where that is
-        known) never fit.
+        States of other sizes, of another graph or of another run of a sampler (its `scope`, where that is known) never fit.
         """
         latents = call.tensors[call.latents]
         name = next((name for owner, name in reversed(_names.get()) if owner == id(self)), None)
-        kind = (name, call.shapes, id(graph))
+        kind = (name, call.sizes, id(graph))
         timesteps = self.now = timestep_per_sample(call.tensors[graph.timestep], latents)
         prints = fingerprint(
             [call.tensors[i] for i in graph.conditions],
@@ -172,17 +115,14 @@ class States:
             [call.tensors[i] for i, _ in graph.sized],
             [dim for _, dim in graph.sized],
         )
+        seen = _Seen(latents, timesteps, prints, gates, scope)
         fitting = [state for state in self._all if state.scope == scope and state.kind == kind]
-        onward = [
-            int(valid(timesteps, past, prints, past_prints, past_times, gates.direction, gates.phase).sum())
-            for past, past_prints, past_times in (state.tensors[:3] for state in fitting)
-        ]
-        most = max(onward, default=0)
-        found = [state for state, rows in zip(fitting, onward, strict=True) if rows == most > 0]
-        alone = len(found) == 1 and not found[0].asleep
-        state = found[0] if alone else self._explaining(found, latents)
+        state = self._going_on(seen, [state for state in fitting if len(state) == len(latents)])
+        if state is None or not bool(seen.onward(state).all()):
+            state = self._row_by_row(seen, fitting, graph.state) or state
         if state is None:  # a second call at a timestep is one of the same image, whether its gates know of such or not
-            state = self._explaining([s for s in fitting if s.latents and torch.equal(s.prints, prints)], latents)
+            alike = [s for s in fitting if len(s) == len(latents) and s.latents and bool(same(prints, s.prints).all())]
+            state = self._explaining(alike, latents)
         self._leave_behind(scope, state, timesteps, gates)
         if state is None:
             fresh = [spec.fresh(call.batch, latents.device) for spec in graph.state]
@@ -195,6 +135,74 @@ class States:
         self._last = state
         return state
 
+    def _going_on(self, seen: _Seen, states: Sequence[State]) -> State | None:
+        """The state of the call's batch that most of its samples go on with, each in its place; None if none of them is clear."""
+        onward = [int(seen.onward(state).sum()) for state in states]
+        most = max(onward, default=0)
+        found = [state for state, rows in zip(states, onward, strict=True) if rows == most > 0]
+        if len(found) != 1 or found[0].asleep:
+            return self._explaining(found, seen.latents)
+        state = found[0]
+        if not seen.doubtful:
+            return state
+        left = [self._left(state, seen.latents, row) for row in range(len(state))]
+        if max(left) <= UNEXPLAINED:
+            state.followed = True
+            return state
+        # Samplers that add noise are never followed: as long as nothing speaks for another one, it is this one.
+        return None if state.followed or seen.twins else state
+
+    def _row_by_row(self, seen: _Seen, states: Sequence[State], specs: Sequence[StateSpec]) -> State | None:
+        """A state of what each sample goes on with, wherever that was; None if no sample goes on with anything."""
+        pairs = [(row, state, there) for state in states if state.latents for row, there in seen.pairs(state)]
+        left = [self._left(state, seen.latents, row, there) for row, state, there in pairs]
+        best = dict.fromkeys(seen.rows, 1.0)
+        for rest, (row, *_) in zip(left, pairs, strict=True):
+            best[row] = min(best[row], rest)
+        ranked = sorted(
+            # Where several explain the latents as well, the place decides.
+            (rest > 2 * best[row] + 1e-4, row != there, rest, k)
+            for k, (rest, (row, _, there)) in enumerate(zip(left, pairs, strict=True))
+            if rest <= UNEXPLAINED
+        )
+        taken: dict[int, tuple[State, int]] = {}
+        for *_, k in ranked:
+            row, state, there = pairs[k]
+            if row not in taken and (state, there) not in taken.values():
+                taken[row] = (state, there)
+        explained = bool(taken)
+        for (
+            row,
+            state,
+            there,
+        ) in pairs:  # samplers that add noise: as long as nothing speaks for another place, it is this one
+            alone = all(other is state for k, other, _ in pairs if k == row)
+            still = row == there and len(state) == len(seen.latents) and not state.asleep and not state.followed
+            if alone and still and row not in taken and (state, there) not in taken.values():
+                taken[row] = (state, there)
+        if not taken:
+            return None
+        sources = [taken.get(row) for row in seen.rows]
+        one, never = next(iter(taken.values()))[0], seen.gates.never
+        if len(one) == len(sources) and all(source in (None, (one, row)) for row, source in enumerate(sources)):
+            one.begin_anew([row for row, source in enumerate(sources) if source is None], never)
+        else:
+            one = joined(sources, specs, never)
+            self._take(list(taken.values()), specs, never)
+            one.number = self._free_number()
+        one.followed = explained
+        return one
+
+    def _take(self, taken: Collection[tuple[State, int]], specs: Sequence[StateSpec], never: float) -> None:
+        """Leave in states what was not taken from them."""
+        for state in {id(state): state for state, _ in taken}.values():
+            rest = [(state, row) for row in range(len(state)) if (state, row) not in taken]
+            where = self._all.index(state)
+            left = [joined(rest, specs, never)] if rest else []
+            for one in left:
+                one.asleep, one.idle = state.asleep, state.idle
+            self._all[where : where + 1] = left
+
     def _free_number(self) -> int:
         taken = {state.number for state in self._all if not state.asleep}
         return next(number for number in range(len(taken) + 1) if number not in taken)
@@ -205,8 +213,9 @@ class States:
         best = min(left, default=1.0)
         return states[left.index(best)] if best <= UNEXPLAINED else None
 
-    def _left(self, state: State, latents: Tensor, row: int) -> float:
-        """What the past of a sample leaves unexplained of latents, as a share of their norm."""
+    def _left(self, state: State, latents: Tensor, row: int, there: int | None = None) -> float:
+        """What the past of a sample (`there`, or at the same place) leaves unexplained of latents, as a share of their norm."""
+        there = row if there is None else there
         if not state.latents:
             return 1.0
         # Guidance makes the next latents of the outputs of all who had these.
@@ -214,13 +223,13 @@ class States:
             output[k]
             for other in (state, *(s for s in self._all if s is not state and s.scope == state.scope))
             if other.latents
-            for k in range(len(other.latents[0]))
-            if (other is state and k == row) or state.sees(other, row, k)
+            for k in range(len(other))
+            if (other is state and k == there) or state.sees(other, there, k)
             for output in other.outputs
         ]
         if latents[row].numel() < FEWEST * (1 + len(outputs)):  # they prove nothing
             return float(state.asleep)
-        rest = float(unexplained(latents[row].detach(), state.latents[0][row], outputs))
+        rest = float(unexplained(latents[row].detach(), state.latents[0][there], outputs))
         return rest if rest == rest else 1.0
 
     def _leave_behind(self, scope: Scope | None, state: State | None, timesteps: Tensor, gates: Gates) -> None:
@@ -242,6 +251,54 @@ class States:
                     continue
             kept.append(other)
         self._all = kept
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is seen of a call, and by which rules."""
+
+    latents: Tensor
+    timesteps: Tensor
+    prints: Tensor
+    gates: Gates
+    scope: Scope | None
+
+    @property
+    def rows(self) -> range:
+        return range(len(self.latents))
+
+    @cached_property
+    def twins(self) -> bool:
+        """Whether samples differ in nothing but their latents."""
+        size = len(self.prints)
+        one, other = torch.tril_indices(size, size, -1)
+        return bool((same(self.prints[one], self.prints[other]) & (self.timesteps[one] == self.timesteps[other])).any())
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether another image may be here than the timesteps and conditions of a state say."""
+        return self.scope is None or (not self.scope.in_place and self.twins)
+
+    def onward(self, state: State) -> Tensor:
+        """Which samples may go on with that of their place in a state."""
+        places = torch.arange(len(state))
+        return self._valid(state, places, places)
+
+    def pairs(self, state: State) -> list[tuple[int, int]]:
+        """Rows of the call, and rows of a state that they may go on with."""
+        size = len(state)
+        rows, there = (
+            torch.arange(len(self.latents)).repeat_interleave(size),
+            torch.arange(size).repeat(len(self.latents)),
+        )
+        found = self._valid(state, rows, there).cpu()
+        return list(zip(rows[found].tolist(), there[found].tolist(), strict=True))
+
+    def _valid(self, state: State, rows: Tensor, there: Tensor) -> Tensor:
+        timesteps, prints, times = (value[there.to(value.device)] for value in state.tensors[:3])
+        rows = rows.to(self.prints.device)
+        direction, phase = self.gates.direction, self.gates.phase
+        return valid(self.timesteps[rows], timesteps, self.prints[rows], prints, times, direction, phase)
 
 
 def _take_turns(state: State, now: Tensor, before: Tensor, gates: Gates) -> bool:

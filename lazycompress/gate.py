@@ -39,6 +39,18 @@ NEVER = 3.0e38
 #: Less time than this cannot have passed between two calls.
 SOONEST = 1e-6
 
+#: How many numbers a condition is known by, see `fingerprint`.
+PRINT = 3
+
+#: Floating conditions are the same if their prints differ by less than this share of their norm.
+TOLERANCE = 1e-4
+
+#: Weights of the sums: multiples of these steps modulo the period, a prime. They are about golden shares of it.
+_PERIOD, _STEPS = 1000003, (618035, 754881)
+
+#: Those of integers: places modulo these. Sums of thousands of values are whole numbers that float32 has.
+_PLACES = (31, 29)
+
 
 def enter(stream: Tensor, branch: int, position: int) -> Tensor:
     """Mark `stream` as the entry number `position` of a branch; the value itself, unchanged."""
@@ -56,21 +68,43 @@ def timestep_per_sample(timestep: Tensor, latents: Tensor) -> Tensor:
 def fingerprint(
     conditions: Sequence[Tensor], latents: Tensor, sized: Sequence[Tensor] = (), dims: Sequence[int] = ()
 ) -> Tensor:
-    """What an image keeps to, float32 [batch, 2 * conditions + sized]: a change of prompt, label or size changes it.
+    """What an image keeps to, float32 [batch, 3 * (conditions + sized)]: a change of prompt, label or size changes it.
 
-    Two numbers for each condition, and the size of each of `sized` along its one of `dims`.
+    For each condition its norm, or 0 where it is of integers, and two weighted sums; for each of `sized` its size along its one
+    of `dims`. Compared by `same`.
     """
-    rows = []
+    nothing = latents.new_zeros((latents.shape[0],), dtype=torch.float32)
+    rows: list[Tensor] = []
     for condition in conditions:
-        flat = condition.to(torch.float32).reshape(condition.shape[0], -1)
-        ramp = torch.arange(flat.shape[1], dtype=torch.float32, device=flat.device) * 0.61803398875
-        rows += [flat.mean(dim=1), (flat * (ramp - ramp.floor())).mean(dim=1)]
+        flat = condition.reshape(condition.shape[0], -1)
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).flatten(1)
+        place = torch.arange(flat.shape[1], device=flat.device)
+        if flat.is_floating_point():
+            flat = flat.to(torch.float32)
+            weights = [(place * step % _PERIOD).to(torch.float32) / _PERIOD - 0.5 for step in _STEPS]
+            # No matmul: it may round to fewer bits than float32 has.
+            rows += [(flat * flat).sum(dim=1).sqrt(), *((flat * weight).sum(dim=1) for weight in weights)]
+        else:
+            flat = flat.to(torch.float32)
+            high = (flat / 256).floor()
+            low = flat - 256 * high
+            one, other = ((place % period + 1).to(torch.float32) for period in _PLACES)
+            rows += [nothing, (low * one).sum(dim=1), ((low + high) * other).sum(dim=1)]
     for value, dim in zip(sized, dims, strict=True):  # counted: converters take no size for a number
         ones = torch.ones(value.shape[dim], dtype=torch.float32, device=latents.device)
-        rows.append(ones.sum().expand(latents.shape[0]))
-    if not rows:
-        return latents.new_zeros((latents.shape[0], 1), dtype=torch.float32)
-    return torch.stack(rows, dim=1)
+        rows += [nothing, ones.sum().expand(latents.shape[0]), nothing]
+    return torch.stack(rows or [nothing] * PRINT, dim=1)
+
+
+def same(prints: Tensor, past_prints: Tensor) -> Tensor:
+    """Which rows of fingerprints are of the same conditions, bool [rows]. NaN is the same as nothing.
+
+    With a tolerance: no decision depends on how memory is laid out, or on a compiler's rounding.
+    """
+    now, then = (rows.reshape(rows.shape[0], -1, PRINT) for rows in (prints, past_prints))
+    allowed = torch.maximum(now[:, :, :1], then[:, :, :1]) * TOLERANCE
+    return ((now - then).abs() <= allowed).flatten(1).all(dim=1)
 
 
 def valid(
@@ -91,8 +125,7 @@ def valid(
     past = past_timestep.index_select(0, rows)
     again = (past == timestep) & (past_times.index_select(0, rows)[:, 0] != timestep) & (phase > 0)
     onward = (past - timestep) * direction > 0
-    unchanged = (prints == past_prints.index_select(0, rows)).all(dim=1)
-    return counts & (onward | again) & unchanged
+    return counts & (onward | again) & same(prints, past_prints.index_select(0, rows))
 
 
 def clock(timestep: Tensor, past_timestep: Tensor, valid: Tensor, direction: Tensor, phase: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .gate import NEVER, SOONEST, clock, decide, elapsed, hat, times, valid
+from .gate import NEVER, PRINT, SOONEST, clock, decide, elapsed, hat, times, valid
 
 #: What the logarithm of the elapsed time counts in gates that follow a schedule.
 SLOPE = 8.0
@@ -160,7 +160,7 @@ class Gates(nn.Module):
     def decisions(self, timesteps: Tensor) -> Tensor:
         """What the gates decide over one image, their weights left out: bool [calls, branches] for timesteps [calls]."""
         past = torch.full((1, 4 + len(self.names)), self.never, dtype=torch.float32)
-        before, nothing = torch.full((1,), self.never, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.float32)
+        before, nothing = torch.full((1,), self.never, dtype=torch.float32), torch.zeros(1, PRINT, dtype=torch.float32)
         direction, phase = self.direction.cpu(), self.phase.cpu()
         taken = []
         for timestep in timesteps.detach().cpu().float().reshape(-1, 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazycompress import gate
@@ -80,7 +80,7 @@ def test_score_falls_with_the_logarithm_of_the_elapsed_time() -> None:
 
 
 def test_valid_needs_the_timestep_strictly_past_the_last_one_and_the_same_conditions() -> None:
-    past, prints = torch.tensor([500.0, 500.0, 500.0, 500.0]), torch.zeros(4, 2)
+    past, prints = torch.tensor([500.0, 500.0, 500.0, 500.0]), torch.zeros(4, 3)
     now = torch.tensor([499.0, 500.0, 501.0, 499.0])
     changed = prints.clone()
     changed[3, 1] = 1.0
@@ -89,7 +89,7 @@ def test_valid_needs_the_timestep_strictly_past_the_last_one_and_the_same_condit
 
 
 def test_a_second_call_at_one_timestep_goes_on_if_the_sampler_makes_such_calls_but_not_where_the_image_began() -> None:
-    now, prints = torch.tensor([500.0]), torch.zeros(1, 2)
+    now, prints = torch.tensor([500.0]), torch.zeros(1, 3)
     assert valid(now, now, prints, prints, phase=0.0) == [False]
     assert valid(now, now, prints, prints, phase=5.0) == [True]
     assert valid(now, now, prints, prints, phase=5.0, began=500.0) == [False]
@@ -98,7 +98,7 @@ def test_a_second_call_at_one_timestep_goes_on_if_the_sampler_makes_such_calls_b
 
 
 def test_valid_is_false_for_a_state_of_another_batch_size() -> None:
-    assert valid(torch.ones(3), torch.full((2,), 9.0), torch.zeros(3, 1), torch.zeros(2, 1)) == [False] * 3
+    assert valid(torch.ones(3), torch.full((2,), 9.0), torch.zeros(3, 3), torch.zeros(2, 3)) == [False] * 3
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.booleans(), min_size=2, max_size=2)), min_size=1, max_size=12))
@@ -161,17 +161,45 @@ def test_half_the_steps_reuse_about_half_as_often() -> None:
         assert 20 <= computed <= 34, (steps, computed)
 
 
+def prints(*conditions: torch.Tensor) -> torch.Tensor:
+    return gate.fingerprint(conditions, torch.zeros(len(conditions[0]), 3, 4))
+
+
 @given(st.integers(1, 3), st.integers(0, 9), st.integers(0, 9))
 def test_fingerprint_tells_labels_apart(batch: int, first: int, second: int) -> None:
-    latents = torch.zeros(batch, 3, 4)
-    a = gate.fingerprint([torch.full((batch,), first)], latents)
-    b = gate.fingerprint([torch.full((batch,), second)], latents)
-    assert torch.equal(a, b) == (first == second)
-    assert a.shape == (batch, 2)
+    a, b = prints(torch.full((batch,), first)), prints(torch.full((batch,), second))
+    assert gate.same(a, b).tolist() == [first == second] * batch
+    assert a.shape == (batch, 3)
+
+
+@given(st.lists(st.integers(-1000, 250_000), min_size=1, max_size=300), st.integers(0, 299), st.integers(1, 200_000))
+def test_fingerprint_tells_token_ids_apart(ids: list[int], place: int, by: int) -> None:
+    one = torch.tensor([ids])
+    other = one.clone()
+    other[0, place % len(ids)] += by
+    assert not gate.same(prints(one), prints(other))
+    spread = torch.zeros(1, 3 * len(ids), dtype=torch.int64)[:, ::3].copy_(one)
+    assert torch.equal(prints(one), prints(spread))
 
 
 def test_fingerprint_sees_a_swap_of_two_tokens() -> None:
     text = torch.randn(1, 5, 8)
     swapped = text[:, [1, 0, 2, 3, 4]]
-    latents = torch.zeros(1, 3, 4)
-    assert not torch.equal(gate.fingerprint([text], latents), gate.fingerprint([swapped], latents))
+    assert not gate.same(prints(text), prints(swapped))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 99), st.sampled_from([(1, 4), (77, 768), (512, 2048)]), st.sampled_from([1e-6, 1e-3, 3e4]))
+def test_fingerprint_does_not_see_rounding(seed: int, shape: tuple[int, int], scale: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    text = scale * torch.randn(2, *shape, generator=random)
+    rounded = text * (1 + 2e-6 * torch.randn(text.shape, generator=random))
+    assert gate.same(prints(text), prints(rounded)).all()
+    other = text + 0.02 * scale * torch.randn(text.shape, generator=random)
+    assert not gate.same(prints(text), prints(other)).any()
+
+
+def test_what_is_not_finite_is_the_same_as_nothing() -> None:
+    for value in (float("nan"), float("inf")):
+        found = prints(torch.full((1, 4), value))
+        assert not gate.same(found, found)

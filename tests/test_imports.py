@@ -14,7 +14,7 @@ ROOT = Path(lazycompress.__file__).parent
 ORDER = [
     "errors", "eager", "kinds", "models", "noise", "free_memory", "files", "encoding", "weights", "places", "strict_yaml",
     "sections", "recipe", "recipe_loading", "recipe_reference", "report", "sampling", "plan", "gate", "gates", "graph",
-    "rehearsal", "scopes", "continuity", "contexts", "targets", "programs", "runtime", "old_gates", "gates_file", "lazy",
+    "rehearsal", "scopes", "continuity", "state", "contexts", "targets", "programs", "runtime", "old_gates", "gates_file", "lazy",
     "storage", "train", "compose", "export", "wrap", "pipelines", "api", "cli",
 ]  # fmt: skip
 LEAD_OUT = {"api", "cli", "__init__"}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import InputError, LocateError
+from ..gate import PRINT
 from ..gates import Gates
 from .branch import Branch
 from .call import Leaf, pattern
@@ -150,7 +151,7 @@ def insert_gates(
     sized = captured.sizes.places
     state = [
         StateSpec("past_timestep", (-1,), torch.float32, fill=gates.never, kind="clock"),
-        StateSpec("past_prints", (-1, max(1, 2 * len(conditions) + len(sized))), torch.float32, kind="clock"),
+        StateSpec("past_prints", (-1, PRINT * max(1, len(conditions) + len(sized))), torch.float32, kind="clock"),
         StateSpec("past_times", (-1, 4 + len(branches)), torch.float32, fill=gates.never, kind="clock"),
     ]
     clock = len(state)
