@@ -146,11 +146,10 @@ class States:
         if not seen.doubtful:
             return state
         left = [self._left(state, seen.latents, row) for row in range(len(state))]
-        if max(left) <= UNEXPLAINED:
-            state.followed = True
-            return state
-        # Samplers that add noise are never followed: as long as nothing speaks for another one, it is this one.
-        return None if state.followed or seen.twins else state
+        if max(left) > UNEXPLAINED:
+            return None
+        state.followed = True
+        return state
 
     def _row_by_row(self, seen: _Seen, states: Sequence[State], specs: Sequence[StateSpec]) -> State | None:
         """A state of what each sample goes on with, wherever that was; None if no sample goes on with anything."""
@@ -171,22 +170,16 @@ class States:
             if row not in taken and (state, there) not in taken.values():
                 taken[row] = (state, there)
         explained = bool(taken)
-        for (
-            row,
-            state,
-            there,
-        ) in pairs:  # samplers that add noise: as long as nothing speaks for another place, it is this one
-            alone = all(other is state for k, other, _ in pairs if k == row)
-            still = row == there and len(state) == len(seen.latents) and not state.asleep and not state.followed
-            if alone and still and row not in taken and (state, there) not in taken.values():
-                taken[row] = (state, there)
+        if not explained:  # samplers that add noise: as long as only one state may be meant, each keeps its place
+            for row, state, there in pairs:
+                alone = all(other is state for k, other, _ in pairs if k == row)
+                if row == there and len(state) == len(seen.latents) and alone and not (state.asleep or state.followed):
+                    taken[row] = (state, there)
         if not taken:
             return None
         sources = [taken.get(row) for row in seen.rows]
         one, never = next(iter(taken.values()))[0], seen.gates.never
-        if len(one) == len(sources) and all(source in (None, (one, row)) for row, source in enumerate(sources)):
-            one.begin_anew([row for row, source in enumerate(sources) if source is None], never)
-        else:
+        if len(one) != len(sources) or sources != [(one, row) for row in seen.rows]:
             one = joined(sources, specs, never)
             self._take(list(taken.values()), specs, never)
             one.number = self._free_number()
@@ -242,7 +235,7 @@ class States:
             if other is not state:
                 other.idle += 1
                 if other.scope == scope and not other.asleep:
-                    other.asleep = not _take_turns(other, timesteps, before, gates)
+                    other.asleep = not _take_turns(other, timesteps, before)
                 if other.idle > PATIENCE or ((other.asleep or other.scope != scope) and _at_its_end(other, gates)):
                     continue
                 asleep += other.asleep
@@ -301,17 +294,12 @@ class _Seen:
         return valid(self.timesteps[rows], timesteps, self.prints[rows], prints, times, direction, phase)
 
 
-def _take_turns(state: State, now: Tensor, before: Tensor, gates: Gates) -> bool:
+def _take_turns(state: State, now: Tensor, before: Tensor) -> bool:
     """Whether a state is at the timestep of a call, or at the last one of the state that is called."""
     past = state.at
     if past.shape != now.shape:
         return bool(torch.isin(past, torch.cat([before, now])).all())
-    in_turn = (past == now) | (past == before)
-    if not bool(in_turn.any()):
-        return False
-    if not bool(in_turn.all()):  # samples at timesteps of their own: those that were left behind are over
-        state.tensors[0] = torch.where(in_turn, state.timesteps, torch.full_like(past, gates.never))
-    return True
+    return bool(((past == now) | (past == before)).all())
 
 
 def _at_its_end(state: State, gates: Gates) -> bool:

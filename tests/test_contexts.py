@@ -109,6 +109,74 @@ def test_prompts_in_lock_step_with_one_negative_prompt(lazy: LazyModel) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
+class Request:
+    """One image of the one prompt, a sample of whatever batch it is in."""
+
+    def __init__(self, seed: int) -> None:
+        self.x = noise(seed)[:1]
+        self.step = 0
+
+    def take(self, output: Tensor) -> None:
+        self.x = self.x - 0.1 * output[None, :1]
+        self.step += 1
+
+
+def together(lazy: LazyModel, requests: list[Request]) -> None:
+    """One step of each of them, in one call."""
+    with torch.no_grad():
+        outputs = lazy(
+            hidden_states=torch.cat([one.x for one in requests]),
+            timestep=torch.tensor([TIMES[one.step] for one in requests]),
+            class_labels=torch.ones(len(requests), dtype=torch.int64),
+        ).sample
+    for one, output in zip(requests, outputs, strict=True):
+        one.take(output)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=4, unique=True), max_size=14))
+def test_samples_join_leave_and_change_places(captured: LazyModel, batches: list[list[int]]) -> None:
+    captured.policy = "learned"
+    captured.reset()
+    found = [Request(seed) for seed in range(5)]
+    for batch in batches:
+        going = [found[k] for k in batch if found[k].step < len(TIMES)]
+        if len(going) > 1:
+            together(captured, going)
+    for ours, seed in zip(found, range(5), strict=True):
+        lone = Request(seed)
+        captured.reset()
+        for _ in range(ours.step):
+            pair = [lone, Request(9)]
+            pair[1].step = lone.step
+            together(captured, pair)
+        torch.testing.assert_close(ours.x, lone.x, rtol=0, atol=1e-5)
+
+
+def test_samples_that_change_places_skip_as_much(lazy: LazyModel) -> None:
+    lazy.policy = "reuse"
+    requests = [Request(seed) for seed in range(3)]
+    for places in ([0, 1, 2], [2, 0, 1], [1, 0], [2, 1, 0], [1, 2]):
+        together(lazy, [requests[k] for k in places])
+    assert lazy.summary().skip_ratio == pytest.approx(10 / 13)
+    later = Request(7)
+    together(lazy, [requests[1], later])
+    assert lazy.summary().skip_ratio == pytest.approx(11 / 15)
+
+
+def test_another_image_in_the_midst_of_the_timesteps_begins_anew(lazy: LazyModel) -> None:
+    """Of the same prompt, by hand, after an image that was left there: nothing but the latents says so."""
+    lazy.policy = "reuse"
+    left = steps(lazy, 0)
+    for _ in range(3):
+        next(left)
+    of_other, _ = alone(lazy, lambda: steps(lazy, 2, start=3))
+    left = steps(lazy, 0)
+    for _ in range(3):
+        next(left)
+    assert torch.equal(last(steps(lazy, 2, start=3)), of_other)
+
+
 def test_an_image_that_begins_in_the_midst_is_not_one_that_was_left_there(lazy: LazyModel) -> None:
     """Request A stops; B of the same prompt begins, and C in the midst of the timesteps, past A's last one."""
     lazy.policy = "reuse"
