@@ -134,34 +134,31 @@ def together(lazy: LazyModel, requests: list[Request]) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=4, unique=True), max_size=14))
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4, unique=True), max_size=14))
 def test_samples_join_leave_and_change_places(captured: LazyModel, batches: list[list[int]]) -> None:
     captured.policy = "learned"
     captured.reset()
     found = [Request(seed) for seed in range(5)]
     for batch in batches:
         going = [found[k] for k in batch if found[k].step < len(TIMES)]
-        if len(going) > 1:
+        if going:
             together(captured, going)
     for ours, seed in zip(found, range(5), strict=True):
         lone = Request(seed)
         captured.reset()
         for _ in range(ours.step):
-            pair = [lone, Request(9)]
-            pair[1].step = lone.step
-            together(captured, pair)
+            together(captured, [lone])
         torch.testing.assert_close(ours.x, lone.x, rtol=0, atol=1e-5)
 
 
 def test_samples_that_change_places_skip_as_much(lazy: LazyModel) -> None:
     lazy.policy = "reuse"
     requests = [Request(seed) for seed in range(3)]
-    for places in ([0, 1, 2], [2, 0, 1], [1, 0], [2, 1, 0], [1, 2]):
+    for places in ([0, 1, 2], [2, 0, 1], [1], [2, 1, 0], [0, 2]):
         together(lazy, [requests[k] for k in places])
-    assert lazy.summary().skip_ratio == pytest.approx(10 / 13)
-    later = Request(7)
-    together(lazy, [requests[1], later])
-    assert lazy.summary().skip_ratio == pytest.approx(11 / 15)
+    assert lazy.summary().skip_ratio == pytest.approx(9 / 12)
+    together(lazy, [requests[1], Request(7)])
+    assert lazy.summary().skip_ratio == pytest.approx(10 / 14)
 
 
 def test_another_image_in_the_midst_of_the_timesteps_begins_anew(lazy: LazyModel) -> None:
