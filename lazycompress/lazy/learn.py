@@ -19,7 +19,7 @@ from ..plan.learn import Learned, PlanReport, learn_plan
 from ..plan.plan import Plan, dense
 from ..plan.record import Reading
 from ..plan.search import Guards as Ends
-from ..plan.search import least_share, plan_for
+from ..plan.search import computed_of, least_share, plan_for
 from ..recipe import Guards, Recipe
 from ..sampling import Sampler
 from ..scopes import Surroundings
@@ -42,11 +42,13 @@ class Search:
         calibration: what the model told.
         forecast: highest order of the forecasts, or the name of one.
         guards: the recipe's.
+        learned: the plan that true runs have chosen: for its own timesteps and as many calls there is no better one.
     """
 
     calibration: Calibration
     forecast: Order
     guards: Guards
+    learned: Plan | None = None
 
     def plan(self, target: float, timesteps: tuple[float, ...] | None = None) -> Plan:
         """See `Planner.plan`."""
@@ -55,6 +57,10 @@ class Search:
         if timesteps is not None:
             times, streams = in_turns(timesteps, max(self.calibration.streams) + 1)
             target = max(target, least_share(streams, guards))
+        learned = self.learned
+        same = learned is not None and (times is None or (times, streams) == (learned.timesteps, learned.streams))
+        if learned is not None and same and sum(learned.computes) == computed_of(target, len(learned.computes)):
+            return learned
         return plan_for(
             self.calibration, target, times, streams=streams, orders=orders_of(self.forecast),
             first=guards.first, last=guards.last, max_reuse=guards.max_reuse,
@@ -101,7 +107,7 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
         found = _close_enough(learn_at, recipe, least)
     else:
         found = learn_at(target)
-    planner = Search(found.calibration, recipe.forecast, guards)
+    planner = Search(found.calibration, recipe.forecast, guards, found.plan)
     return Engine(watch.reader, found.plan, planner, found.plan.share if recipe.goal else target), found.report
 
 

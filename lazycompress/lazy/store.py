@@ -141,7 +141,8 @@ def load_plan(module: nn.Module, folder: Path, *, strict: bool = True) -> Loaded
         planner = None
         if kind_of(folder / CALIBRATION_FOLDER) == "folder":
             own = recipe or Recipe()
-            planner = Search(load_calibration(folder / CALIBRATION_FOLDER), own.forecast, own.guards)
+            learned = plan if not own.goal and file.target == own.targets[0] else None  # else it was moved since
+            planner = Search(load_calibration(folder / CALIBRATION_FOLDER), own.forecast, own.guards, learned)
         reader = Reader.of(module, file.timestep_input)
     except LazyCompressError as error:
         raise ExportError(f"{path}: {error}") from None

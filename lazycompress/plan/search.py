@@ -85,6 +85,11 @@ def plan_for(
     return plans_for(there, target, orders=orders, guards=guards, seed=seed)[0]
 
 
+def computed_of(target: float, calls: int) -> int:
+    """How many of so many calls a share of them is: no more than it, but one."""
+    return max(1, math.floor(target * calls + 1e-9))
+
+
 def least_share(streams: Sequence[int], guards: Guards) -> float:
     """The share of the calls that always compute: the first of each stream, and those of the guards."""
     fixed = _fixed(np.array(streams, dtype=np.int64), guards)
@@ -124,7 +129,7 @@ def plans_for(
     guards = guards or Guards()
     streams = np.array(calibration.streams, dtype=np.int64)
     calls = len(streams)
-    computed = max(1, math.floor(target * calls + 1e-9))
+    computed = computed_of(target, calls)
     fixed = _fixed(streams, guards)
     if fixed.sum() > computed:
         raise InputError(

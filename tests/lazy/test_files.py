@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lazycompress import LazyCompressError
 from lazycompress.integrations.diffusers import export_pipeline, load_exported
 from lazycompress.integrations.digits.model import digits_sampler, draw_noise
 from lazycompress.lazy.convert import graph_of
+from lazycompress.lazy.learn import Search
 from lazycompress.lazy.model import LazyModule
 from lazycompress.plan.plan import Plan
 
@@ -47,6 +49,24 @@ def test_what_is_saved_is_followed(lazy: LazyModule, short: nn.Module, tmp_path:
     with pytest.raises(LazyCompressError, match="is not lazy"):
         lazycompress.save(short, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_learned_share_is_the_learned_plan_again(lazy: LazyModule, short: nn.Module, tmp_path: Path) -> None:
+    """True runs have chosen it; what is priced best may be another one."""
+    learned = replace(lazy.plan, order=0 if lazy.plan.order else 1)  # what no price says
+    assert isinstance(lazy.engine.planner, Search)
+    made = copy.deepcopy(lazy)
+    made.engine.plan, made.engine.planner = learned, replace(lazy.engine.planner, learned=learned)
+    lazycompress.save(made, tmp_path / "plan")
+    for one in (made, lazycompress.load(short, tmp_path / "plan")):
+        one.set_target(0.25)
+        one.set_target(0.5, timesteps=learned.timesteps)
+        assert one.plan == learned
+        one.set_target(0.75)
+    lazycompress.save(made, tmp_path / "moved")
+    again = lazycompress.load(short, tmp_path / "moved")
+    again.set_target(0.5)
+    assert again.plan != learned
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
