@@ -78,7 +78,7 @@ def test_time_beside_the_model_is_not_saved(seconds: float, share: float) -> Non
 
 
 def test_speed_is_bought_with_calls() -> None:
-    lazy = learned(Unhurried(), speedup=1.5)
+    lazy = learned(Unhurried(), target=0.9, speedup=1.5)
     assert lazy.plan.share <= 1 / 1.5  # of all time, and some of it is beside the model
     assert learned(seconds=1e6).plan.share == 1
 
