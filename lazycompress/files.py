@@ -10,7 +10,8 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,6 +184,24 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
         raise ExportError(f"cannot write {path}: {_line(problem)}") from None
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place beside a file to write it to; it takes the file's place after the block, and is gone if the block fails.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write a JSON file.
 
@@ -228,23 +247,21 @@ def write_file(path: str | Path, text: str, mark: str) -> None:
         ExportError: there is a link, a folder, or a file of the user's; or it cannot be written.
     """
     place = check_file(path, mark)
-    beside = ""
+    if not place.parent.is_dir():
+        raise ExportError(
+            f"cannot write {_short(place)}: {_short(place.parent)} is no folder; make it, or choose another name"
+        )
     try:
-        handle, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=place.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(beside, 0o666 & ~mask)
-        os.replace(beside, place)
-        beside = ""
+        with written_whole(place) as beside:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            beside.chmod(0o666 & ~mask)
     except OSError as problem:
         raise ExportError(f"cannot write {_short(place)}: {problem.strerror or problem}") from None
-    finally:
-        if beside:
-            Path(beside).unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.numpy import load, save
 
 from .. import __version__
 from ..errors import ExportError, InputError
+from ..files import written_whole
 from .calibration import Floats
 
 ABOUT_FILE = "about.json"
@@ -87,11 +86,8 @@ class Kept:
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(beside, path)
+            with written_whole(path) as beside:
+                beside.write_bytes(data)
         except OSError as error:
             raise ExportError(f"cannot write {path}: {error.strerror}; choose another folder") from None
 
@@ -107,10 +103,13 @@ def discard(folder: Path) -> None:
 
 
 def empty(folder: Path, results: re.Pattern[str]) -> None:
-    """Delete results, what they are of, and files that were cut off; and the folder if nothing else is in it."""
-    for path in folder.iterdir():
-        own = path.name == ABOUT_FILE or results.fullmatch(path.name) or PART.fullmatch(path.name)
-        if own and not path.is_dir():
-            path.unlink(missing_ok=True)
+    """Delete results, what they are of, and files that were cut off; and the folder if nothing else is in it.
+
+    What the system does not let go stays: the work that they were kept for is done.
+    """
     with suppress(OSError):
+        for path in folder.iterdir():
+            own = path.name == ABOUT_FILE or results.fullmatch(path.name) or PART.fullmatch(path.name)
+            if own and not path.is_dir():
+                path.unlink(missing_ok=True)
         folder.rmdir()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +22,7 @@ from torch import Tensor
 from .. import __version__
 from ..encoding import EncodingError, decode, encode
 from ..errors import ExportError, InputError, RecipeError
-from ..files import checked, kind_of, path_of, read_json, read_tensors, write_tensors
+from ..files import checked, kind_of, path_of, read_json, read_tensors, write_tensors, written_whole
 from ..plan.kept import ABOUT_FILE, PART, empty
 from ..plan.kept import discard as discard_calibration
 from ..recipe import Recipe
@@ -80,7 +78,8 @@ class Checkpoint:
                         f"train.checkpoint: {self.folder} is not empty and keeps no training (it holds {other}); choose "
                         "another folder"
                     )
-                _write(path, json.dumps(about, indent=2).encode())
+                with written_whole(path) as beside:
+                    beside.write_text(json.dumps(about, indent=2), encoding="utf-8")
             except OSError as error:
                 raise ExportError(
                     f"train.checkpoint: cannot write {self.folder}: {error.strerror}; choose another folder"
@@ -112,14 +111,8 @@ class Checkpoint:
 
         structure = json.dumps(encode(value, number))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-            os.close(handle)
-            try:
-                write_tensors(tensors, Path(beside), {_STRUCTURE: structure})
-                os.replace(beside, path)
-            finally:
-                Path(beside).unlink(missing_ok=True)
+            with written_whole(path) as beside:
+                write_tensors(tensors, beside, {_STRUCTURE: structure})
         except OSError as error:
             raise ExportError(f"train.checkpoint: cannot write {path}: {error.strerror}") from None
 
@@ -223,10 +216,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix.rstrip("."): value}
     return {key: v for name, inner in value.items() for key, v in _flat(inner, f"{prefix}{name}.").items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(beside, path)

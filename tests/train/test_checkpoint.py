@@ -236,6 +236,17 @@ def test_what_a_calibration_kept_is_deleted_and_nothing_else(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "out.training").iterdir()] == ["notes.txt"]
 
 
+def test_what_cannot_be_deleted_stays_and_nothing_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Kept(tmp_path / "out.training", {"lazycompress": "0.1.0", "images": 2, "seed": 0, "budget": 2.0, "weights": ""})
+
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    discard(tmp_path / "out.training")
+    assert [path.name for path in (tmp_path / "out.training").iterdir()] == ["about.json"]
+
+
 def test_learning_on_the_command_line_leaves_nothing_beside_its_folder(tmp_path: Path) -> None:
     settings = ["--set", "train.effort=0.01", "--set", "sampling.steps=4", "--set", "sampling.batch=2", "--json"]
     for seed in range(2):
