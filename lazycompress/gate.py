@@ -15,7 +15,8 @@ Where all branches of a sample are lazy, the call computes nothing for it. The m
 the new latents, but the polynomial through its last computed outputs in this image, gone on to now: at most `order + 1` of them,
 so the line or the parabola. That is TaylorSeer's forecast (arXiv 2503.06923), of one tensor in place of every branch's. It is
 kept as its value, slope and half its curvature at the last call (`cache` and `rates`), so that a call moves it on by the time
-that has passed. With order 0 there is none.
+that has passed. With order 0 there is none. Gates that follow a plan with fitted forecasts (see `plan.fit`) add shares of the
+three to it, at the plan's own calls (`nudge` and `adjust`).
 `valid(b)` is false where sample b starts a new image: the timestep is not strictly past the last one, or what the model is
 conditioned on has changed. Samplers that call the model twice at a timestep (Heun's) set `phase`: a second call at the same
 timestep, but for the one at which the image began, then goes on with it and counts as that much later.
@@ -38,6 +39,9 @@ NEVER = 3.0e38
 
 #: Less time than this cannot have passed between two calls.
 SOONEST = 1e-6
+
+#: Times are those of the plan that differ from them by at most this share.
+CLOSE = 0.002
 
 #: How many numbers a condition is known by, see `fingerprint`.
 PRINT = 3
@@ -257,6 +261,35 @@ def forecast(fresh: Tensor, cache: Tensor, rates: Sequence[Tensor], lazy: Tensor
     return select(fresh, cache + moved * step, lazy)
 
 
+def nudge(hats: Tensor, fitted: Tensor, elapsed: Tensor, unit: float) -> Tensor:
+    """What fitted forecasts add to the polynomial: shares of its value, slope and half its curvature, float32 [batch, 3].
+
+    Args:
+        hats: [batch, grid], see `hat`.
+        fitted: see `Gates`. Nothing is added where its times are not the elapsed ones: the outputs are others than the plan's.
+        elapsed: see there.
+        unit: of the time that slope and curvature are kept per.
+    """
+    row = (hats.unsqueeze(2) * fitted).sum(dim=1)  # no matmul: it may round to fewer bits than float32 has
+    since, planned = elapsed[:, -2:], row[:, :2]
+    here = ((since - planned).abs() <= planned * CLOSE).all(dim=1) & (hats.amax(dim=1) > 1 - CLOSE)
+    shares = torch.stack([row[:, 2], row[:, 3] / unit, row[:, 4] / unit**2], dim=1)
+    return torch.where(here.unsqueeze(1), shares, 0.0)
+
+
+def adjust(value: Tensor, rates: Sequence[Tensor], lazy: Tensor, nudge: Tensor, scale: int) -> Tensor:
+    """An output: a fitted forecast where lazy, else `value`.
+
+    Args:
+        value, rates: of the polynomial now, see `forecast` and `hold`. lazy: bool [batch]. nudge: see there.
+    """
+    shares = per_row(nudge, value, scale)
+    total = value + value * shares[0]
+    for rate, share in zip(rates, shares[1:], strict=False):
+        total = total + rate * share
+    return select(value, total, lazy)
+
+
 def moved(rates: Sequence[Tensor], pace: Tensor, scale: int) -> list[Tensor]:
     """The rates after one more call that computes nothing."""
     if len(rates) < 2:
@@ -322,6 +355,8 @@ for _function, _schema in (
     (select, "(Tensor fresh, Tensor cache, Tensor lazy) -> Tensor"),
     (pace, "(Tensor elapsed, Tensor valid, float unit) -> Tensor"),
     (forecast, "(Tensor fresh, Tensor cache, Tensor[] rates, Tensor lazy, Tensor pace, int scale) -> Tensor"),
+    (nudge, "(Tensor hats, Tensor fitted, Tensor elapsed, float unit) -> Tensor"),
+    (adjust, "(Tensor value, Tensor[] rates, Tensor lazy, Tensor nudge, int scale) -> Tensor"),
     (hold, "(Tensor fresh, Tensor cache, Tensor[] rates, Tensor lazy, Tensor pace, int scale, int which) -> Tensor"),
 ):
     _library.define(f"{_function.__name__}{_schema}")

@@ -41,6 +41,9 @@ class Gates(nn.Module):
         holds: whether outputs are forecast at order 0 too: a call without computation gives the last output again.
         order: of the polynomial through the last computed outputs that a call without computation goes on along, 1 or 2; 0:
             none, the caches give its output, unless the gates hold it.
+        fitted: what fitted forecasts add to the polynomial at the plan's own calls, float32 [grid, 5]: the time since an output
+            was computed and since one was before that, for which it is; shares of value, slope and half the curvature. Zeros
+            where there is nothing to add.
     """
 
     grid: Tensor
@@ -53,6 +56,7 @@ class Gates(nn.Module):
     static: Tensor
     frontier: Tensor
     longest: Tensor
+    fitted: Tensor
 
     def __init__(self, names: Sequence[str], widths: Sequence[int], grid: Tensor, direction: int = 1) -> None:
         super().__init__()
@@ -69,6 +73,7 @@ class Gates(nn.Module):
         self.register_buffer("frontier", torch.zeros(0, len(self.names), self.grid.shape[0], dtype=torch.bool))
         self.register_buffer("longest", torch.tensor(self.grid.shape[0]))
         size = self.grid.shape[0]
+        self.register_buffer("fitted", torch.zeros(size, 5, dtype=torch.float32))
         self.weights = nn.ParameterList(
             [nn.Parameter(torch.zeros(size, width, dtype=torch.float32)) for width in widths]
         )
@@ -96,10 +101,15 @@ class Gates(nn.Module):
         return gates.to(self.grid.device)
 
     @property
-    def form(self) -> tuple[int, int, str, bool]:
-        """What another graph is needed for: order, static, the kind of those that are not, and whether outputs are forecast."""
+    def form(self) -> tuple[int, int, str, bool, bool]:
+        """What another graph is needed for: order, static, the kind of those that are not, and what is forecast, and fitted."""
         static = int(self.static)
-        return int(self.order), static, "" if static else self.kind, self.forecasts
+        return int(self.order), static, "" if static else self.kind, self.forecasts, self.fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether any forecast is fitted."""
+        return self.forecasts and bool((self.fitted != 0).any())
 
     @property
     def forecasts(self) -> bool:

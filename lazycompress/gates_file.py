@@ -124,7 +124,7 @@ def read_gates(folder: Path, card: GatesCard) -> Gates:
     _check_values(tensors, card, path)
     gates = Gates([b.name for b in card.branches], [b.width for b in card.branches], tensors["grid"], card.direction)
     gates.frontier = torch.zeros_like(tensors["frontier"])
-    gates.load_state_dict(tensors)
+    gates.load_state_dict({"fitted": gates.fitted, **tensors})
     gates.kind, gates.holds = card.gate, card.holds
     return gates
 
@@ -174,6 +174,8 @@ def _check_entries(found: Mapping[str, TensorEntry], card: GatesCard, path: Path
         **dict.fromkeys(("order", "static", "longest"), ("I64", ())),
         **{f"weights.{k}": ("F32", (points, branch.width)) for k, branch in enumerate(card.branches)},
     }
+    if "fitted" in found:  # only where forecasts are
+        wanted["fitted"] = ("F32", (points, 5))
     for name, (dtype, shape) in wanted.items():
         if name not in found:
             raise ExportError(f"{path}: the tensor {name!r} is missing; there are {', '.join(sorted(found))[:200]}")

@@ -87,7 +87,10 @@ def write_gates(lazy: LazyModel, folder: Path) -> None:
         "targets": frontier_of(lazy),
         "example": encoded_example(lazy.example),
     }
-    write_tensors(lazy.gates.state_dict(), folder / GATES_FILE)
+    tensors = lazy.gates.state_dict()
+    if not lazy.gates.fits:
+        del tensors["fitted"]
+    write_tensors(tensors, folder / GATES_FILE)
     seal(folder, GATES, description)
 
 

@@ -191,6 +191,8 @@ def wrap(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
     from ..lazy.presets import presets, spread_as
     from ..plan.draw import drawn, priced
 
@@ -204,7 +206,7 @@ def plan(options: argparse.Namespace) -> None:
         prices[name] = priced(preset.search.calibration, preset.search.plan(target, times))
     if options.json:
         shown = [
-            vars(price.plan) | {"share": price.plan.share, "relative": price.relative, "even": price.even}
+            asdict(price.plan) | {"share": price.plan.share, "relative": price.relative, "even": price.even}
             for price in prices.values()
         ]
         print(json.dumps(shown[0] if len(shown) == 1 else dict(zip(prices, shown, strict=True))))

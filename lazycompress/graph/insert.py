@@ -295,6 +295,8 @@ def insert_gates(
     if gates.forecasts:
         whole = graph.call_function(torch.ops.aten.all.dim, (stacked, 0))
         pace = graph.call_function(_ops.pace, (elapsed, valid, gates.unit))
+        table = graph.get_attr("lazy_gates.fitted") if gates.fits else None
+        shares = graph.call_function(_ops.nudge, (hats, table, elapsed, gates.unit)) if gates.fits else None
         values: list[fx.Node] = []
         rates: list[list[fx.Node]] = []
         for k, (position, spec) in enumerate(ahead.items()):
@@ -305,7 +307,11 @@ def insert_gates(
             values.append(graph.call_function(_ops.forecast, known))
             rates.append([graph.call_function(_ops.hold, (*known, which)) for which in range(order)])
             values[-1].meta["val"] = node.meta["val"].transpose(0, dim)
-            result = swapped(values[-1], node, dim)
+            forecast = values[-1]
+            if shares is not None:
+                forecast = graph.call_function(_ops.adjust, (values[-1], rates[-1], whole, shares, spec.scale))
+                forecast.meta["val"] = values[-1].meta["val"]
+            result = swapped(forecast, node, dim)
             if node.meta["val"].dtype is not torch.float32:
                 result = graph.call_function(torch.ops.aten.to.dtype, (result, node.meta["val"].dtype))
             given[position] = result

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, InputError
+from ..gate import SOONEST
 from ..gates import Gates
 from ..graph.branch import Branch
 from ..graph.call import take_apart
+from ..plan.forecasts import forecast
 from ..plan.plan import Plan, stream_of
 from ..runtime import LazyModel
 from .attach import Handle, PartHandle, handle_of
@@ -78,6 +80,7 @@ def gates_of(plan: Plan, branches: Sequence[Branch]) -> Gates:
     )
     gates.order.fill_(plan.polynomial)
     gates.holds = True
+    gates.fitted.copy_(_nudges(plan, gates.grid))
     gates.static.fill_(1)
     gates.phase.fill_(phase)
     reuse = torch.tensor([not computes for _, computes in order]).expand(len(branches), -1)
@@ -85,6 +88,29 @@ def gates_of(plan: Plan, branches: Sequence[Branch]) -> Gates:
     gates.rank.copy_(torch.where(reuse, torch.arange(len(order), dtype=torch.float32), torch.inf))
     gates.frontier = reuse.unsqueeze(0).clone()
     return gates
+
+
+def _nudges(plan: Plan, grid: Tensor) -> Tensor:
+    """`Gates.fitted` of a plan.
+
+    A forecast of weights w of outputs that are e old differs from the polynomial, of weights p, by the sums of (w - p) (-e)^k
+    times its value, slope and half its curvature, for k of 0, 1 and 2.
+    """
+    table = torch.zeros(len(grid), 5, dtype=torch.float64)
+    for call, weights in enumerate(plan.fitted):
+        if weights:
+            now = plan.timesteps[call]
+            past = [t for t, computes in zip(plan.timesteps[:call], plan.computes, strict=False) if computes]
+            parts = forecast(past, now, plan.order)
+            ages = [abs(now - past[position]) for position, _ in parts]
+            change = [weight - own for weight, (_, own) in zip(weights, parts, strict=True)]
+            moments = [sum(c * (-age) ** k for c, age in zip(change, ages, strict=True)) for k in range(len(ages))]
+            known = [abs(now - t) for t in reversed(past[-2:])]
+            row = int((grid.double() - now).abs().argmin())
+            table[row] = torch.tensor(
+                [*known, *[SOONEST] * (2 - len(known)), *moments, *[0.0] * (3 - len(moments))], dtype=torch.float64
+            )
+    return table.to(grid.dtype)
 
 
 def _distinct(times: Tensor, computes: Tensor) -> list[tuple[float, bool]]:

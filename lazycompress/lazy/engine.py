@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..eager import around, eager
 from ..errors import InputError, LazyCompressError
-from ..plan.forecasts import forecast, points_in
+from ..plan.forecasts import points_in
 from ..plan.move import MOST_CALLS
 from ..plan.plan import Plan, stream_of
 from ..scopes import Scope
@@ -283,8 +283,7 @@ class Engine:
 
     def _forecast(self, sample: Sample) -> list[Tensor]:
         """The forecast from the last computed outputs of a sample, at now; in float32, given in their own dtype."""
-        order = sample.pace.plan.order
-        parts = forecast([record.time for record in sample.records], sample.pace.time, order)
+        parts = sample.pace.plan.forecast([record.time for record in sample.records], sample.pace.time)
         records, weights = [sample.records[k] for k, _ in parts], [weight for _, weight in parts]
         return [_combined([r.tensors[k] for r in records], weights) for k in range(len(records[0].tensors))]
 
@@ -295,7 +294,7 @@ def _kind(latents: Tensor, constants: Hashable) -> Hashable:
 
 def _combined(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     last = values[0]
-    if len(values) == 1 or not last.is_floating_point():
+    if list(weights) == [1.0] or not last.is_floating_point():
         return last
     # Products and sums by themselves, none fused: so the same numbers come out whatever the batch.
     total = values[0].to(torch.float32) * weights[0]

@@ -37,6 +37,9 @@ _Name = Annotated[str, Field(max_length=1000)]
 _Times = Annotated[list[Finite], Field(min_length=1, max_length=CALLS)]
 _Streams = Annotated[list[Annotated[int, Field(ge=0, le=64)]], Field(max_length=CALLS)]
 
+#: Of the forecasts, call by call.
+Weights = list[Annotated[list[Finite], Field(max_length=64)]]
+
 
 def _order(value: Any) -> Order:
     if type(value) not in (int, str) or len(str(value)) > 200:
@@ -73,6 +76,7 @@ class _File(BaseModel):
     computes: list[bool] = Field(max_length=CALLS)
     order: Annotated[Order, PlainValidator(_order)]
     streams: _Streams
+    fitted: Weights = Field(default_factory=list, max_length=CALLS)
     target: Finite = Field(gt=0.0, le=1.0)
     timestep_input: _Name
     moving: list[_Name] = Field(max_length=1000)
@@ -99,6 +103,7 @@ def write_plan(lazy: Planned, folder: Path) -> None:
         "computes": list(engine.plan.computes),
         "order": engine.plan.order,
         "streams": list(engine.plan.streams),
+        "fitted": [list(weights) for weights in engine.plan.fitted],
         "target": engine.target,
         "timestep_input": engine.reader.timestep,
         "moving": sorted(engine.reader.moving),
@@ -137,7 +142,13 @@ def load_plan(module: nn.Module, folder: Path, *, strict: bool = True) -> Loaded
         need_same(module, file.model, file.weights, file.dtype, f"the decisions in {folder}")
     recipe = read_recipe(file.recipe, path)
     try:
-        plan = Plan(tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams))
+        plan = Plan(
+            tuple(file.timesteps),
+            tuple(file.computes),
+            file.order,
+            tuple(file.streams),
+            tuple(map(tuple, file.fitted)),
+        )
         planner = None
         if kind_of(folder / CALIBRATION_FOLDER) == "folder":
             own = recipe or Recipe()

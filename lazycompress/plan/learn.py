@@ -12,6 +12,7 @@ import numpy as np
 
 from ..sampling import Sampler
 from .calibration import Calibration, Floats
+from .fit import fit
 from .forecasts import Order
 from .judge import Judgement, Reference, judge_against, refer
 from .plan import Plan
@@ -167,8 +168,9 @@ def _candidates(
     found: dict[Plan, float] = {}
     for share in BELIEVED:
         count = len(orders) + (share == 1.0)
-        for plan in plans_for(calibration.evened(share), target, orders=orders, guards=guards, count=count, seed=seed):
-            found.setdefault(plan, share)
+        believed = calibration.evened(share)
+        for plan in plans_for(believed, target, orders=orders, guards=guards, count=count, seed=seed):
+            found.setdefault(fit(believed, plan), share)
     return found
 
 

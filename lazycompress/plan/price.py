@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from .calibration import Calibration, Floats
 from .forecasts import HIGHEST_ORDER, Order, forecast_of, weights_of
-from .plan import Plan
+from .plan import Plan, stream_of
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -65,11 +65,16 @@ class Pricing:
 
     def plan(self, plan: Plan) -> Floats:
         """Mean squared error of the final latents: float64 [B]."""
-        return np.asarray(self.error(np.array([plan.computes]), plan.order)[0])
+        if not any(plan.fitted):
+            return np.asarray(self.error(np.array([plan.computes]), plan.order)[0])
+        return np.asarray(self._error((self.weighted @ made_of(plan) - self.weighted)[None], plan.order)[0])
 
     def error(self, computes: Bools, order: Order) -> Floats:
         """Of plans bool [M, T]: float64 [M], or [M, B] for a Gram matrix of each image."""
-        shifts = self.shifts(computes, order)
+        return self._error(self.shifts(computes, order), order)
+
+    def _error(self, shifts: Floats, order: Order) -> Floats:
+        """Of what is in the final error, by window: float64 [M, windows, T]."""
         if self.gram.ndim == 2:
             return np.asarray(((shifts @ self.gram) * shifts).sum(axis=(1, 2)).clip(0.0) * self._scale(order))
         each = [((shifts @ gram) * shifts).sum(axis=(1, 2)) for gram in self.gram]
@@ -80,14 +85,14 @@ class Pricing:
         return 1.0 if isinstance(order, str) else self.scale[order]
 
     @cached_property
-    def _weighted(self) -> Floats:
+    def weighted(self) -> Floats:
         """Windows times what a call's error becomes: float64 [windows, T]."""
         return _windows(len(self.reacted), self.windows) * self.reacted
 
     def shifts(self, computes: Bools, order: Order) -> Floats:
         """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""
         many, calls = computes.shape
-        weighted = self._weighted
+        weighted = self.weighted
         found = np.zeros((len(weighted), many * calls))
         for stream in np.unique(self.streams):
             own = np.flatnonzero(self.streams == stream)
@@ -98,6 +103,23 @@ class Pricing:
                 for r, phi in enumerate(weighted):
                     found[r] += np.bincount(where, (weight * phi[own]).ravel(), many * calls)
         return np.asarray(found.reshape(-1, many, calls).swapaxes(0, 1) - weighted)
+
+
+def made_of(plan: Plan) -> Floats:
+    """Weights of all calls' outputs in what each call gives: float64 [T, T]."""
+    made = np.zeros((len(plan.timesteps),) * 2)
+    for stream in set(plan.streams):
+        own = [k for k, other in enumerate(plan.streams) if other == stream]
+        alone, computed = stream_of(plan, stream), list[int]()
+        for call in own:
+            if plan.computes[call]:
+                computed.append(call)
+                made[call, call] = 1.0
+                continue
+            past = [plan.timesteps[k] for k in computed]
+            for position, weight in alone.forecast(past, plan.timesteps[call]):
+                made[call, computed[position]] = weight
+    return made
 
 
 def points_of(computes: Bools, timesteps: Floats, order: Order) -> tuple[list[Ints], list[Floats]]:

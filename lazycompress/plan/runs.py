@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..sampling import Sampler
 from .forecasts import Order, forecast, forecast_of
 from .outputs import first_of, with_first
-from .plan import Plan
+from .plan import Plan, stream_of
 
 
 class Reading(NamedTuple):
@@ -104,6 +104,7 @@ class Followed:
 
     def __init__(self, denoise: Denoise, plan: Plan) -> None:
         self._denoise, self._plan = denoise, plan
+        self._streams = {stream: stream_of(plan, stream) for stream in set(plan.streams)}
         self._past: dict[int, list[tuple[float, Any]]] = {}
         self.calls = 0
 
@@ -113,7 +114,7 @@ class Followed:
             raise InputError(f"the plan is for {len(plan.timesteps)} calls of an image, and the sampler makes more")
         past, timestep = self._past.setdefault(plan.streams[call], []), plan.timesteps[call]
         if not plan.computes[call]:
-            return forecast_output(past, timestep, plan.order)
+            return combined(past, self._streams[plan.streams[call]].forecast([t for t, _ in past], timestep))
         output = self._denoise(*args, **kwargs)
         _ = finite(output, call, timestep)
         kept = forecast_of(plan.order).points - 1
@@ -124,8 +125,12 @@ class Followed:
 
 
 def forecast_output(past: Sequence[tuple[float, Any]], timestep: float, order: Order) -> Any:
-    """The forecast of an output from earlier ones (timestep, output), oldest first; second outputs are the last's."""
-    weights = forecast([t for t, _ in past], timestep, order)
+    """The forecast of an output from earlier ones (timestep, output), oldest first."""
+    return combined(past, forecast([t for t, _ in past], timestep, order))
+
+
+def combined(past: Sequence[tuple[float, Any]], weights: Sequence[tuple[int, float]]) -> Any:
+    """An output of weights of earlier ones, by their positions; second outputs are the last's."""
     value = first_of(past[-1][1])
     exact = torch.promote_types(value.dtype, torch.float32)
     terms = [weight * first_of(past[k][1]).to(exact) for k, weight in weights]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from .calibration import Calibration, Floats
+from .fit import SEEN, UNSEEN, fit
 from .forecasts import HIGHEST_ORDER, Order, forecast_of
 from .move import Reach, moved
 from .plan import Plan, even
@@ -66,6 +67,8 @@ def plan_for(
 ) -> Plan:
     """The best plan found that computes at most this share of the calls; never worse, as priced, than the even ones.
 
+    Its forecasts are fitted to it, see `fit`.
+
     Args:
         calibration: of the model.
         target: share of the calls to compute, in (0, 1].
@@ -82,7 +85,9 @@ def plan_for(
     """
     there = moved(calibration, timesteps, streams, reach)
     guards = Guards(first, last, max_reuse)
-    return plans_for(there, target, orders=orders, guards=guards, seed=seed)[0]
+    ridge = SEEN if there.timesteps == calibration.timesteps else UNSEEN
+    found = plans_for(there, target, orders=orders, guards=guards, count=len(orders), seed=seed)
+    return min((fit(there, plan, ridge) for plan in found), key=lambda plan: float(predict(there, plan).mean()))
 
 
 def computed_of(target: float, calls: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .continuity import PRINT
 from .symbols import Symbol, concat
-from .timetable import Timetable
+from .timetable import Fitted, Timetable
 
 #: A call is one of the plan's if it is this close to it, in calls of the plan.
 _CLOSE = 0.1
@@ -102,10 +102,11 @@ def gap(table: Timetable, time: Symbol) -> Symbol:
     return near.any(2, keep=True).where(found, float(table.again.min()))
 
 
-def weights(stream: Columns, now: Symbol, count: int) -> list[tuple[Symbol, Symbol]]:
-    """For each of the newest `count` outputs, whether the image has it, and its weight in the polynomial; [batch].
+def weights(table: Timetable, stream: Columns, now: Symbol, count: int) -> list[tuple[Symbol, Symbol]]:
+    """For each of the newest `count` outputs, whether the image has it, and its weight in the forecast; [batch].
 
-    Lagrange's form, as `plan.lagrange`.
+    The plan's own weight, where the call and the outputs are those of the plan; else that in the polynomial, in Lagrange's form,
+    as `plan.lagrange`.
     """
     times = [stream.times.take(k, axis=2).reshape([-1]) for k in range(count)]
     known = [(stream.computed > k + 0.5).reshape([-1]) for k in range(count)]
@@ -117,7 +118,26 @@ def weights(stream: Columns, now: Symbol, count: int) -> list[tuple[Symbol, Symb
                 both = known[i] & known[j]
                 weight = weight * both.where((at - other) / both.where(own - other, 1.0), 1.0)
         found.append((known[i], weight))
-    return found
+    return _fitted(table.fitted, stream, now, found) if len(table.fitted.times) else found
+
+
+def _fitted(
+    fitted: Fitted, stream: Columns, now: Symbol, found: list[tuple[Symbol, Symbol]]
+) -> list[tuple[Symbol, Symbol]]:
+    """With the plan's weights where they fit."""
+    here = (now + -fitted.times.reshape(1, 1, -1)).abs() <= fitted.close
+    for k in range(fitted.points.shape[1]):
+        points = fitted.points[:, k].reshape(1, 1, -1)
+        lacks = np.isnan(points)
+        known = stream.computed > k + 0.5
+        there = (stream.times.take([k], axis=2) + -np.where(lacks, 0.0, points)).abs() <= fitted.close
+        here = here & ((known & there & known.like(~lacks)) | (~known & known.like(lacks)))
+    any_fits = here.any(2).reshape([-1])
+    own = [
+        here.where(fitted.weights[:, k].reshape(1, 1, -1), 0.0).sum(2).reshape([-1])
+        for k in range(fitted.weights.shape[1])
+    ]
+    return [(known, any_fits.where(mine, weight)) for mine, (known, weight) in zip(own, found, strict=True)]
 
 
 def _place(table: Timetable, time: Symbol) -> _Place:

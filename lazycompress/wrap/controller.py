@@ -126,7 +126,7 @@ class Controller:
 
         due, wanted = timing.planned(self.table, stream, now)
         computes = (~goes_on | wanted).any(0, 1, 2)
-        weights = timing.weights(stream, now, self.order + 1)
+        weights = timing.weights(self.table, stream, now, self.order + 1)
         given = compute_or_forecast(
             computes, dense, list(inputs.values()), self.outputs, state.outputs, mask, weights
         )  # fmt: skip

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import InputError
 from ..files import checked, read_object
 from ..gates_file import Finite
+from ..lazy.store import CALLS, Weights
 from ..plan.plan import Plan, stream_of
 
 _Streams = list[Annotated[int, Field(ge=0, le=64)]]
@@ -20,10 +21,11 @@ class _File(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
-    timesteps: list[Finite] = Field(min_length=1, max_length=100_000)
+    timesteps: list[Finite] = Field(min_length=1, max_length=CALLS)
     computes: list[bool]
     order: int = 2
     streams: _Streams = Field(default_factory=list)
+    fitted: Weights = Field(default_factory=list, max_length=CALLS)
 
 
 def read_plan(path: Path) -> Plan:
@@ -33,7 +35,9 @@ def read_plan(path: Path) -> Plan:
         InputError: there is none that can be followed.
     """
     file = checked(read_object(path, InputError), _File, path, InputError)
-    return Plan(tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams))
+    return Plan(
+        tuple(file.timesteps), tuple(file.computes), file.order, tuple(file.streams), tuple(map(tuple, file.fitted))
+    )
 
 
 def of_all_passes(plan: Plan) -> Plan:

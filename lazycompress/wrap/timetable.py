@@ -17,6 +17,36 @@ from ..plan.plan import Plan
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """Forecasts with weights of their own, N of them. P outputs are looked at, the newest first.
+
+    Attributes:
+        times: of the calls, float32 [N].
+        points: times of the outputs, float32 [N, P]; NaN where the image has none yet.
+        weights: of the outputs, float32 [N, P]; zero where there are none.
+        close: a call at most this far off is the one.
+    """
+
+    times: NDArray[np.float32]
+    points: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    close: float
+
+    @classmethod
+    def of(cls, plan: Plan, times: NDArray[np.float32], gap: float) -> Fitted:
+        """Those of a plan, whose calls are at these times, the nearest two so far apart."""
+        calls = [k for k, weights in enumerate(plan.fitted) if weights]
+        depth = max((len(plan.fitted[k]) for k in calls), default=0)
+        points = np.full((len(calls), depth), np.nan, np.float32)
+        weights = np.zeros((len(calls), depth), np.float32)
+        for row, call in enumerate(calls):
+            own = plan.fitted[call]
+            computed = np.flatnonzero(plan.computes[:call])[::-1][: len(own)]
+            points[row, : len(own)], weights[row, : len(own)] = times[computed], own
+        return cls(times[calls], points, weights, 0.01 * gap)
+
+
+@dataclass(frozen=True)
 class Timetable:
     """A plan's calls along the way.
 
@@ -26,6 +56,7 @@ class Timetable:
         computes: decisions, bool [calls].
         density: computed calls per call, float32 [calls]: their share among the calls nearby.
         again: how much later a call is that names the timestep of this one again, float32 [calls].
+        fitted: of the calls whose forecasts have weights of their own.
     """
 
     sign: int
@@ -33,6 +64,7 @@ class Timetable:
     computes: NDArray[np.bool_]
     density: NDArray[np.float32]
     again: NDArray[np.float32]
+    fitted: Fitted
 
     @property
     def share(self) -> float:
@@ -60,7 +92,8 @@ class Timetable:
         gaps = np.append(np.diff(times), np.diff(times)[-1:] if len(times) > 1 else 1.0)
         repeats = np.array([a == b for a, b in pairwise(way)] + [way[-2:-1] == way[-1:]])
         again = np.where(repeats, gaps, gaps / 2).astype(np.float32)
-        return cls(sign, times, np.array(plan.computes), np.array(_density(plan), np.float32), again)
+        fitted = Fitted.of(plan, times, float(np.diff(times).min(initial=np.inf)))
+        return cls(sign, times, np.array(plan.computes), np.array(_density(plan), np.float32), again, fitted)
 
 
 def _spread(way: Sequence[float]) -> list[float]:

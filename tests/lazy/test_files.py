@@ -17,6 +17,7 @@ from lazycompress.integrations.digits.model import digits_sampler, draw_noise
 from lazycompress.lazy.convert import graph_of
 from lazycompress.lazy.learn import Search
 from lazycompress.lazy.model import LazyModule
+from lazycompress.plan.fit import fit
 from lazycompress.plan.plan import Plan
 
 from ..pipelines import PIPELINES, make_dit, quiet
@@ -53,7 +54,7 @@ def test_what_is_saved_is_followed(lazy: LazyModule, short: nn.Module, tmp_path:
 
 def test_the_learned_share_is_the_learned_plan_again(lazy: LazyModule, short: nn.Module, tmp_path: Path) -> None:
     """True runs have chosen it; what is priced best may be another one."""
-    learned = replace(lazy.plan, order=0 if lazy.plan.order else 1)  # what no price says
+    learned = replace(lazy.plan, order=0 if lazy.plan.order else 1, fitted=())  # what no price says
     assert isinstance(lazy.engine.planner, Search)
     made = copy.deepcopy(lazy)
     made.engine.plan, made.engine.planner = learned, replace(lazy.engine.planner, learned=learned)
@@ -72,10 +73,12 @@ def test_the_learned_share_is_the_learned_plan_again(lazy: LazyModule, short: nn
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("target", [0.25, 0.75])
 def test_a_graph_follows_the_same_plan(lazy: LazyModule, target: float, order: int) -> None:
-    before = lazy.plan
+    before, planner = lazy.plan, lazy.engine.planner
+    assert isinstance(planner, Search)
     try:
         lazy.set_target(target)
-        lazy.engine.plan = replace(lazy.plan, order=order)
+        lazy.engine.plan = fit(planner.calibration, replace(lazy.plan, order=order, fitted=()))
+        assert any(lazy.plan.fitted) == (order > 0)
         graph = graph_of(lazy)
         lazy.reset()
         assert torch.allclose(run(graph), run(lazy), atol=1e-5)
@@ -83,6 +86,22 @@ def test_a_graph_follows_the_same_plan(lazy: LazyModule, target: float, order: i
         assert graph.expected_macs_ratio() == pytest.approx(target)
     finally:
         lazy.engine.plan = before
+
+
+def test_a_graph_is_saved_with_its_fitted_forecasts(lazy: LazyModule, short: nn.Module, tmp_path: Path) -> None:
+    before, planner = lazy.plan, lazy.engine.planner
+    assert isinstance(planner, Search)
+    try:
+        lazy.engine.plan = fit(planner.calibration, replace(lazy.plan, order=1, fitted=()))
+        graph = graph_of(lazy)
+    finally:
+        lazy.engine.plan = before
+    assert graph.gates.fits
+    lazycompress.save(graph, tmp_path / "gates")
+    again = lazycompress.load(short, tmp_path / "gates")
+    assert torch.equal(run(again), run(graph))
+    again.set_gates(again.gates.like(order=1, static=1))
+    assert not again.gates.fits
 
 
 def test_a_plan_that_names_timesteps_twice_becomes_gates_with_a_phase(lazy: LazyModule) -> None:

@@ -48,6 +48,7 @@ class Reference:
             if times[k] == times[k - 1]:
                 after = times[k + 1] if k + 1 < len(times) else 2 * times[k] - self._times[k - 2]
                 self._times[k] = times[k] + (after - times[k]) / 2
+        self._close = 0.01 * float(np.diff(self._times).min(initial=np.inf))
         reach = max(1, round(1 / plan.share))
         near = [plan.computes[max(0, k - reach) : k + reach + 1] for k in range(len(times))]
         shares = np.array([np.mean(n) for n in near])
@@ -143,5 +144,15 @@ class Reference:
 
     def _forecast(self, stream: Stream) -> Array:
         records = stream.records[: self.plan.order + 1]
-        weights = lagrange([time for time, _ in records], stream.now)
+        times = [time for time, _ in records]
+        weights = self._fitted(times, stream.now) or lagrange(times, stream.now)
         return np.sum([w * value.astype(np.float64) for w, (_, value) in zip(weights, records, strict=True)], axis=0)
+
+    def _fitted(self, times: list[float], now: float) -> tuple[float, ...]:
+        """The plan's own weights, where the call and its outputs are those of the plan."""
+        for k, weights in enumerate(self.plan.fitted):
+            if weights and np.isclose(now, self._times[k], rtol=0, atol=self._close):
+                points = [t for t, computes in zip(self._times[:k], self.plan.computes, strict=False) if computes][::-1]
+                if len(times) == len(weights) and np.allclose(times, points[: len(weights)], rtol=0, atol=self._close):
+                    return weights
+        return ()

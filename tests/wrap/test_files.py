@@ -152,6 +152,7 @@ def test_the_folder_says_what_it_holds(tmp_path: Path) -> None:
         "computes": list(PLAN.computes),
         "order": 1,
         "streams": [0] * len(TIMES),
+        "fitted": [[]] * len(TIMES),
     }
     assert (card["timestep"], card["latents"], card["conditions"]) == (
         "timestep", "hidden_states", ["encoder_hidden_states"],

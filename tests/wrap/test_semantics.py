@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,21 @@ class Compared:
         return self.reference.computed[before:]
 
 
+def fitted(plan: Plan, seed: int = 0) -> Plan:
+    """With weights that no polynomial has."""
+    random, past = np.random.default_rng(seed), []
+    found: list[tuple[float, ...]] = []
+    for timestep, computes in zip(plan.timesteps, plan.computes, strict=True):
+        parts = [] if computes else plan.forecast(past, timestep)
+        found.append(tuple(0.9 * weight + 0.1 * random.random() for _, weight in parts))
+        past += [timestep] if computes else []
+    return replace(plan, fitted=tuple(found))
+
+
+@pytest.mark.parametrize("own_weights", [False, True])
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_images_follow_the_plan(pair: Make, order: int) -> None:
-    plan = even(TIMES, 0.4, order)
+def test_images_follow_the_plan(pair: Make, order: int, own_weights: bool) -> None:
+    plan = fitted(even(TIMES, 0.4, order)) if own_weights else even(TIMES, 0.4, order)
     both = Compared(pair(plan), plan)
     assert both.run(Image(1, prompt(1))) == list(plan.computes)
     assert both.run(Image(2, prompt(1))) == list(plan.computes)  # the same prompt
@@ -97,7 +110,7 @@ def test_a_plan_that_computes_everything_gives_what_the_dense_file_gives(pair: M
 
 @pytest.mark.parametrize("calls", [9, 13, 40, 77])
 def test_any_number_of_steps_gets_its_share(pair: Make, calls: int) -> None:
-    plan = even(TIMES, 0.4, 1)
+    plan = fitted(even(TIMES, 0.4, 1))
     both = Compared(pair(plan), plan)
     times = np.linspace(TIMES[0] + 3, TIMES[-1] - 3, calls).tolist()
     computed = both.run(Image(1, prompt(1), times))
@@ -114,7 +127,7 @@ def test_an_image_may_begin_within_the_plan(pair: Make) -> None:
 
 
 def test_timesteps_may_grow(pair: Make) -> None:
-    plan = even([k / 10 for k in range(10)], 0.5, 2)
+    plan = fitted(even([k / 10 for k in range(10)], 0.5, 2))
     both = Compared(pair(plan), plan)
     for seed in (1, 2):
         assert both.run(Image(seed, prompt(1), plan.timesteps)) == list(plan.computes)
@@ -181,7 +194,7 @@ def test_two_images_of_one_prompt_take_turns(pair: Make) -> None:
 def test_whatever_comes_in_whatever_order(pair: Make, seed: int) -> None:
     """Images are begun, left and gone on with at random: no call gives anything but what its own image has."""
     random = np.random.default_rng(seed)
-    plan = Plan(TIMES, (True, *(random.random(len(TIMES) - 1) < 0.4).tolist()), int(random.integers(3)))
+    plan = fitted(Plan(TIMES, (True, *(random.random(len(TIMES) - 1) < 0.4).tolist()), int(random.integers(3))))
     both = Compared(pair(plan, streams=3), plan, 3)
     images: list[Image] = []
     for _ in range(60):
