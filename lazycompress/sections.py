@@ -38,12 +38,19 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
 
 
+#: Tags of the forms that a value may have, where there are several.
+_FORMS = ("a share", "shares", "an order", "a forecast")
+
+
 def explain(error: ValidationError, whole: type[BaseModel], where: str) -> str:
     """The first of some errors as one line: the dotted key, what is wrong with it, what there was or what is near."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("a share", "shares", "an order", "a forecast")]
+    unknown = first["type"] == "extra_forbidden"
+    # Which of the forms that a value may have was tried is no part of its key. An unknown key may be named like one.
+    path = [part for part in first["loc"][:-1] if part not in _FORMS]
+    location = [str(part) for part in (*path, *first["loc"][-1:]) if unknown or part not in _FORMS]
     key = ".".join(location)
-    if first["type"] == "extra_forbidden":
+    if unknown:
         known = _fields(whole, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"

@@ -65,7 +65,7 @@ def test_an_unknown_scheduler_is_an_error_before_any_work() -> None:
         build_sampler(recipe.sampling)
 
 
-@given(st.text(min_size=1, max_size=20))
+@given(st.text(min_size=1, max_size=20) | st.sampled_from(["a share", "shares", "an order", "a forecast"]))
 def test_any_unknown_top_level_key_is_refused(key: str) -> None:
     if key in Recipe.model_fields:
         return
