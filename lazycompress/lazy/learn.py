@@ -59,7 +59,7 @@ class Search:
             target = max(target, least_share(streams, guards))
         learned = self.learned
         same = learned is not None and (times is None or (times, streams) == (learned.timesteps, learned.streams))
-        if learned is not None and same and sum(learned.computes) == computed_of(target, len(learned.computes)):
+        if learned is not None and same and sum(learned.computes) == computed_of(target, learned.streams):
             return learned
         return plan_for(
             self.calibration, target, times, streams=streams, orders=orders_of(self.forecast),

@@ -90,15 +90,55 @@ def plan_for(
     return min((fit(there, plan, ridge) for plan in found), key=lambda plan: float(predict(there, plan).mean()))
 
 
-def computed_of(target: float, calls: int) -> int:
-    """How many of so many calls a share of them is: no more than it, but one."""
-    return max(1, math.floor(target * calls + 1e-9))
+def computed_of(target: float, streams: Sequence[int]) -> int:
+    """How many of the calls of these streams a share of them is: no more than it, but one step."""
+    steps = Steps.of(streams)
+    return max(1, math.floor(target * steps.count + 1e-9)) * steps.size
 
 
 def least_share(streams: Sequence[int], guards: Guards) -> float:
     """The share of the calls that always compute: the first of each stream, and those of the guards."""
-    fixed = _fixed(np.array(streams, dtype=np.int64), guards)
-    return float(fixed.mean())
+    steps = Steps.of(streams)
+    return float(steps.of_any(_fixed(np.array(streams, dtype=np.int64), guards)).mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Calls that are decided alike. Of guidance in calls that take turns these are the calls of one step.
+
+    Its output is made of all of them: forecasts of the same age leave an error of one kind in it, and others one of each.
+
+    Attributes:
+        of_call: the step of each call, int64 [T].
+        size: calls of each.
+        streams: of the steps, where each is one call; else all are of one, int64 [count].
+    """
+
+    of_call: Ints
+    size: int
+    streams: Ints
+
+    @staticmethod
+    def of(streams: Sequence[int]) -> Steps:
+        """Where a stream comes again a step begins. Steps of different sizes are not told from each other: each call is one."""
+        seen: set[int] = set()
+        found: list[int] = []
+        for stream in streams:
+            begins = not seen or stream in seen
+            seen = {stream} if begins else seen | {stream}
+            found.append((found[-1] if found else -1) + begins)
+        sizes = np.bincount(found)
+        if sizes.min() < sizes.max() or sizes[0] == 1:
+            return Steps(np.arange(len(found)), 1, np.array(streams, dtype=np.int64))
+        return Steps(np.array(found), int(sizes[0]), np.zeros(len(sizes), dtype=np.int64))
+
+    @property
+    def count(self) -> int:
+        return len(self.streams)
+
+    def of_any(self, calls: Bools) -> Bools:
+        """Which steps have any of these calls."""
+        return np.asarray(np.bincount(self.of_call, calls, self.count) > 0)
 
 
 def predict(calibration: Calibration, plan: Plan, *, reach: Reach | None = None) -> Floats:
@@ -133,22 +173,22 @@ def plans_for(
         _ = forecast_of(name)
     guards = guards or Guards()
     streams = np.array(calibration.streams, dtype=np.int64)
-    calls = len(streams)
-    computed = computed_of(target, calls)
-    fixed = _fixed(streams, guards)
+    steps = Steps.of(calibration.streams)
+    computed = computed_of(target, calibration.streams) // steps.size
+    fixed = steps.of_any(_fixed(streams, guards))
     if fixed.sum() > computed:
         raise InputError(
-            f"target {target:g} leaves {computed} of {calls} calls to compute, and {fixed.sum()} have to (first "
+            f"target {target:g} leaves {computed * steps.size} of {len(streams)} calls to compute, and "
+            f"{fixed.sum() * steps.size} have to (first "
             f"{guards.first}, last {guards.last}, {len(set(calibration.streams))} streams): raise the target"
         )
     pricing = Pricing.of(calibration).mean()
     rng = np.random.default_rng(seed)
     found: list[tuple[float, Order, Bools]] = []
     for order in sorted(set(orders), key=str):
-        start = _begin(calibration, target, computed, order, fixed)
-        found += [
-            (error, order, plan) for error, plan in _Search(pricing, order, fixed, streams, guards, rng).run(start)
-        ]
+        (like,) = evens(calibration, target, (order,))
+        start = _begin(steps.of_any(np.array(like.computes)), computed, fixed)
+        found += [(error, order, plan) for error, plan in _Search(pricing, order, fixed, steps, guards, rng).run(start)]
     found.sort(key=lambda entry: entry[0])
     first = {id(next(entry for entry in found if entry[1] == order)) for order in set(orders)}
     found.sort(key=lambda entry: id(entry) not in first)  # stable: each part stays in its order
@@ -159,7 +199,7 @@ def plans_for(
         if len(chosen) == count:
             break
     return [
-        Plan(calibration.timesteps, tuple(bool(c) for c in plan), order, calibration.streams)
+        Plan(calibration.timesteps, tuple(bool(c) for c in plan[steps.of_call]), order, calibration.streams)
         for _, order, plan in chosen
     ]
 
@@ -185,10 +225,9 @@ def _fixed(streams: Ints, guards: Guards) -> Bools:
     return np.asarray(fixed)
 
 
-def _begin(calibration: Calibration, target: float, computed: int, order: Order, fixed: Bools) -> Bools:
-    """The even plan, with the calls that always compute, and as many as may be computed."""
-    (plan,) = evens(calibration, target, (order,))
-    computes = np.array(plan.computes) | fixed
+def _begin(even: Bools, computed: int, fixed: Bools) -> Bools:
+    """The steps of the even plan, with those that always compute, and as many as may be computed."""
+    computes = even | fixed
     loose = np.flatnonzero(computes & ~fixed)
     excess = int(computes.sum()) - computed
     if excess > 0:
@@ -200,20 +239,21 @@ def _begin(calibration: Calibration, target: float, computed: int, order: Order,
 
 
 class _Search:
-    """Chains that exchange a computed call for another one, and by and by accept less of what is worse (annealing)."""
+    """Chains that exchange a computed step for another one, and by and by accept less of what is worse (annealing)."""
 
     def __init__(
-        self, pricing: Pricing, order: Order, fixed: Bools, streams: Ints, guards: Guards, rng: np.random.Generator
+        self, pricing: Pricing, order: Order, fixed: Bools, steps: Steps, guards: Guards, rng: np.random.Generator
     ) -> None:
         self._pricing, self._order, self._fixed, self._rng = pricing, order, fixed, rng
-        self._own = [np.flatnonzero(streams == stream) for stream in np.unique(streams)]
+        self._of_call = steps.of_call
+        self._own = [np.flatnonzero(steps.streams == stream) for stream in np.unique(steps.streams)]
         self._max_reuse = guards.max_reuse
 
     def run(self, start: Bools) -> list[tuple[float, Bools]]:
         """The best plan of each chain with its error."""
         plans = np.repeat(start[None], CHAINS, axis=0)
         if not (start & ~self._fixed).any() or start.all():
-            return [(float(self._pricing.error(plans[:1], self._order)[0]), start)]
+            return [(float(np.exp(self._log(plans[:1])[0])), start)]
         limit = np.maximum(self._longest(start[None])[0], self._max_reuse)
         cost = self._log(plans)
         best, best_cost = plans.copy(), cost.copy()
@@ -233,7 +273,7 @@ class _Search:
         return [(float(np.exp(c)), plan) for c, plan in zip(best_cost, best, strict=True)]
 
     def _log(self, plans: Bools) -> Floats:
-        return np.asarray(np.log(self._pricing.error(plans, self._order) + 1e-300))
+        return np.asarray(np.log(self._pricing.error(plans[:, self._of_call], self._order) + 1e-300))
 
     def _exchanged(self, plans: Bools) -> Bools:
         """One computed call of each plan for one that was not: a near one, mostly."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from lazycompress.plan.judge import judge
 from lazycompress.plan.learn import learn_plan
 from lazycompress.plan.plan import Plan
 from lazycompress.plan.price import Pricing, points_of
-from lazycompress.plan.record import calibrate
-from lazycompress.plan.search import evens, plan_for, predict
+from lazycompress.plan.record import Reading, calibrate
+from lazycompress.plan.search import Guards, Steps, computed_of, evens, least_share, plan_for, predict
+from lazycompress.wrap.plans import of_all_passes
 
 from .toy import Toy, euler, read
 
@@ -137,6 +139,35 @@ def test_plans_for_other_calls_are_not_judged(calibration: Calibration) -> None:
     shifted = Plan(tuple(t + 0.1 for t in calibration.timesteps), (True,) * 20)
     with pytest.raises(InputError, match=r"call 1 is at timestep 1\.1"):
         judge(Toy(), euler(), [shifted], read=read, seeds=[0])
+
+
+@pytest.fixture(scope="module")
+def guided() -> Calibration:
+    return calibrate(Toy(pull=1.0), euler(images=16, scale=3.0), read=passes, progress=False)
+
+
+def passes(args: tuple[Any, ...], kwargs: Any) -> Reading:
+    return Reading(read(args, kwargs), int(not args[2].any()))
+
+
+@pytest.mark.parametrize("target", [0.25, 0.37, 0.5])
+def test_the_calls_of_a_step_of_guidance_are_decided_alike(guided: Calibration, target: float) -> None:
+    plan = plan_for(guided, target)
+    assert plan.computes[0::2] == plan.computes[1::2]
+    assert target - 1 / 20 < plan.share <= target
+    assert of_all_passes(plan).share == plan.share  # a file follows one plan for all passes
+    moved = plan_for(guided, target, [t for t in np.linspace(1, 0, 31)[:-1] for _ in (0, 1)], streams=[0, 1] * 30)
+    assert moved.computes[0::2] == moved.computes[1::2]
+
+
+def test_guidance_that_ends_has_calls_that_are_decided_one_by_one() -> None:
+    streams = (0, 1) * 10 + (0,) * 10
+    assert Steps.of(streams).size == 1
+    assert computed_of(0.5, streams) == 15
+    assert computed_of(0.5, (0, 1) * 15) == 14
+    assert computed_of(0.5, (0, 0, 1, 1)) == 2
+    assert least_share((0, 1) * 10, Guards(first=1)) == 0.1
+    assert least_share((0, 1) * 10, Guards(first=3)) == 0.2
 
 
 def test_learned_plans_are_no_worse_than_even_ones_and_their_report_is_one_line() -> None:
