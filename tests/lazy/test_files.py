@@ -47,6 +47,14 @@ def test_what_is_saved_is_followed(lazy: LazyModule, short: nn.Module, tmp_path:
     assert torch.equal(run(again), run(lazy))
     assert not torch.equal(run(lazy), run(short))
     assert again.set_target(0.25) == pytest.approx(0.25)
+    planner = lazy.engine.planner
+    assert isinstance(planner, Search)
+    fitted = copy.deepcopy(lazy)
+    fitted.engine.plan = fit(planner.calibration, replace(lazy.plan, order=1, fitted=()))
+    lazycompress.save(fitted, tmp_path / "fitted")
+    back = lazycompress.load(short, tmp_path / "fitted").plan
+    assert any(back.fitted)
+    assert back == fitted.plan
     with pytest.raises(LazyCompressError, match="is not lazy"):
         lazycompress.save(short, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()

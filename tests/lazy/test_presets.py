@@ -72,7 +72,9 @@ def test_a_plan_as_json_is_one_that_files_are_wrapped_with(
     assert (sum(found["computes"]), found["share"]) == (5, 0.25)
     assert found["timesteps"] == pytest.approx(TIMES)
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
-    assert read_plan(tmp_path / "plan.json").computes == tuple(found["computes"])
+    read = read_plan(tmp_path / "plan.json")
+    assert read.computes == tuple(found["computes"])
+    assert [bool(weights) for weights in read.fitted] == [not computes for computes in read.computes]
     assert min(found["relative"], found["even"]) > 0
 
 

@@ -88,6 +88,26 @@ def test_plans_for_any_steps_are_fitted(calibration: Calibration) -> None:
         assert [bool(weights) for weights in plan.fitted] == [not computes for computes in plan.computes]
 
 
+def test_weights_for_calls_that_nobody_saw_are_held_firmly(calibration: Calibration) -> None:
+    """Shifted by a trifle, the same calls are other ones: their weights stay nearer to the polynomial's."""
+    seen = plan_for(calibration, 0.4, orders=(1,))
+    unseen = plan_for(calibration, 0.4, [t + 1e-9 for t in calibration.timesteps], orders=(1,))
+    assert unseen.computes == seen.computes
+    plain = replace(seen, fitted=())
+    assert 0 < _away(unseen, plain) < 0.9 * _away(seen, plain)
+
+
+def _away(plan: Plan, plain: Plan) -> float:
+    """How far fitted weights are from the polynomial's."""
+    found = 0.0
+    for call, weights in enumerate(plan.fitted):
+        if weights:
+            past = [t for t, computes in zip(plan.timesteps[:call], plan.computes, strict=False) if computes]
+            own = [w for _, w in forecast(past, plan.timesteps[call], plain.order)]
+            found += sum((a - b) ** 2 for a, b in zip(weights, own, strict=True))
+    return found
+
+
 def test_nothing_is_fitted_where_weights_say_nothing(calibration: Calibration) -> None:
     """The last output again is that; and which of two calls at one timestep is which, no forecast is told."""
     last = even(calibration.timesteps, 0.4, 0)
