@@ -185,7 +185,8 @@ def wrap(options: argparse.Namespace) -> None:
 
     folder = wrap(
         options.model, read_plan(options.plan), options.directory, timestep_input=options.timestep_input,
-        moving=options.moving, streams=options.streams, overwrite=options.overwrite,
+        moving=options.moving, streams=options.streams, past_defaults=not options.no_past_defaults,
+        overwrite=options.overwrite,
     )  # fmt: skip
     print(json.dumps({"directory": str(folder)}) if options.json else f"written to {folder}")
 

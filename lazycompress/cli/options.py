@@ -98,6 +98,11 @@ def parser() -> argparse.ArgumentParser:
         "--moving", action="append", default=[], metavar="NAME", help="an input that changes within an image"
     )
     wrap.add_argument("--streams", type=int, default=2, help="images or passes that may take turns (default: 2)")
+    wrap.add_argument(
+        "--no-past-defaults",
+        action="store_true",
+        help="ONNX inputs past_* have to be passed: for JavaScript's runtimes",
+    )
     wrap.add_argument("--overwrite", action="store_true", help="replace an earlier export")
 
     plan = command("plan", commands.plan, "draw the plan for other steps or another budget, without the model")

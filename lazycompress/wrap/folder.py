@@ -39,12 +39,14 @@ class Options:
         timestep_input: the timestep's name; None: found by its name.
         moving: inputs that change within an image, and so do not tell images apart.
         streams: images, or passes of guidance, that may take turns.
+        past_defaults: the inputs of an ONNX model that hold its past may be left out.
     """
 
     plan: Plan
     timestep_input: str | None = None
     moving: tuple[str, ...] = ()
     streams: int = 2
+    past_defaults: bool = True
 
     def controller(self, inputs: Sequence[Port], outputs: Sequence[Port]) -> Controller:
         """What goes around a model of these inputs and outputs.
@@ -64,6 +66,7 @@ def wrap(
     timestep_input: str | None = None,
     moving: Sequence[str] = (),
     streams: int = 2,
+    past_defaults: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """Make a denoiser lazy that exists as a file: it then follows a plan by itself.
@@ -80,6 +83,8 @@ def wrap(
         timestep_input: the timestep's name; None: found by its name.
         moving: inputs that change within an image (a ControlNet's residuals), and so do not tell images apart.
         streams: images, or passes of guidance in calls of their own, that may take turns.
+        past_defaults: ONNX only: `past_*` may be left out at the first call. ONNX Runtime for JavaScript does not take inputs
+            that have a default: with False they have none, and the first call is handed zeros.
         overwrite: replace an export in `out`.
 
     Returns:
@@ -92,7 +97,7 @@ def wrap(
     """
     if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
         raise InputError(f"streams: a number of at least 1 is needed, there was {streams!r}")
-    options = Options(of_all_passes(plan), timestep_input, tuple(moving), streams)
+    options = Options(of_all_passes(plan), timestep_input, tuple(moving), streams, past_defaults)
     target = Path(out)
     if not isinstance(file, str | Path):
         with whole_folder(target, EXPORT, overwrite) as folder:
@@ -136,7 +141,7 @@ def _wrap_file(source: Path, target: Path, options: Options) -> None:
         if not (source.parent / name).is_file():
             raise InputError(f"the weights of {source} are in {name}, which is not there")
         _link(source.parent / name, target.parent / name)
-    format.write(format.wrapped(model, controller), target)
+    format.write(format.wrapped(model, controller, options.past_defaults), target)
     seal(target.parent, EXPORT, _about("onnx", target, controller, options))
 
 

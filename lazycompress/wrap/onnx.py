@@ -1,8 +1,8 @@
 """Wraps an ONNX model: the denoiser becomes the body of an `If`, what it keeps from call to call inputs and outputs.
 
 `past_*` inputs hold the state before a call, `present_*` outputs that after it, to be handed to the next call. A past that
-is left out is of no image: the file holds it as a default. Weights stay where they are, in the outer graph and in their
-files: a body sees them.
+is left out is of no image: the file holds it as a default, where it is to be run by runtimes that know defaults. Weights stay
+where they are, in the outer graph and in their files: a body sees them.
 """
 
 from __future__ import annotations
@@ -116,8 +116,13 @@ def ports(model: onnx.ModelProto) -> tuple[list[Port], list[Port]]:
     return found[0], found[1]
 
 
-def wrapped(model: onnx.ModelProto, controller: Controller) -> onnx.ModelProto:
+def wrapped(model: onnx.ModelProto, controller: Controller, defaults: bool = True) -> onnx.ModelProto:
     """A model that follows a plan, made of a dense one, which is left as it is.
+
+    Args:
+        model: the dense one.
+        controller: what goes around it.
+        defaults: the past may be left out.
 
     Raises:
         InputError: the model is of operators that are too old, or is wrapped already.
@@ -154,9 +159,9 @@ def wrapped(model: onnx.ModelProto, controller: Controller) -> onnx.ModelProto:
     for name, shape in states.items():
         found.graph.input.append(_info(f"past_{name}", shape))
         found.graph.output.append(_info(f"present_{name}", shape))
-        found.graph.initializer.append(
-            numpy_helper.from_array(np.zeros(sizes_or(shape, 1), np.float32), f"past_{name}")
-        )
+        if defaults:
+            nothing = np.zeros(sizes_or(shape, 1), np.float32)
+            found.graph.initializer.append(numpy_helper.from_array(nothing, f"past_{name}"))
     return found
 
 

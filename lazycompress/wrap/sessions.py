@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, MissingExtraError
@@ -65,7 +66,12 @@ class OnnxSession:
         except Exception as error:  # it has error classes of its own
             raise InputError(f"{path} does not load: {' '.join(str(error).split())[-300:]}") from None
         self._outputs = [info.name for info in self._session.get_outputs()]
-        self._past: dict[str, npt.NDArray[Any]] = {}
+        # Zeros are of no image. Inputs that have them as a default are not among the session's.
+        self._past: dict[str, npt.NDArray[Any]] = {
+            info.name: np.zeros([size if isinstance(size, int) else 1 for size in info.shape], np.float32)
+            for info in self._session.get_inputs()
+            if _is_state(info.name.replace("past_", "present_", 1))
+        }
 
     def __call__(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         found = dict(zip(self._outputs, self._session.run(None, dict(inputs) | self._past), strict=True))

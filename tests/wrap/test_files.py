@@ -17,6 +17,7 @@ from lazycompress import InputError, LazyCompressError
 from lazycompress.cli import main
 from lazycompress.plan.plan import Plan, even
 from lazycompress.wrap.plans import read_plan
+from lazycompress.wrap.verify import verify_wrapped
 
 from .models import CHANNELS, WIDTH, Onnx, OpenVINO, onnx_model, openvino_model
 
@@ -85,6 +86,22 @@ def test_an_onnx_model_keeps_its_ports_and_notes(opset: int, tmp_path: Path) -> 
         i.name for i in dense.graph.input
     ]  # the others have defaults
     run(lazy)
+
+
+def test_a_past_without_defaults_is_handed_zeros_first(tmp_path: Path) -> None:
+    onnx.save(onnx_model(), tmp_path / "dense.onnx")
+    lazycompress.wrap(tmp_path / "dense.onnx", PLAN, tmp_path / "lazy")
+    (tmp_path / "plan.json").write_text(json.dumps({"timesteps": TIMES, "computes": PLAN.computes, "order": 1}))
+    main(["wrap", str(tmp_path / "dense.onnx"), str(tmp_path / "js"), "--plan", str(tmp_path / "plan.json"),
+          "--no-past-defaults"])  # fmt: skip
+    onnx.checker.check_model(onnx.load(tmp_path / "js" / "dense.onnx"), full_check=True)
+    lazy, other = (Onnx(str(tmp_path / name / "dense.onnx")) for name in ("lazy", "js"))
+    pasts = [info for info in other.session.get_inputs() if info.name.startswith("past_")]
+    assert [info.name for info in pasts] == ["past_clock", "past_latents", "past_output_0"]
+    other.past = {i.name: np.zeros([s if isinstance(s, int) else 1 for s in i.shape], np.float32) for i in pasts}
+    assert same(run(other), run(lazy))
+    (compared,) = verify_wrapped(tmp_path / "js", tmp_path / "dense.onnx")
+    assert compared.ok
 
 
 def test_external_weights_stay_where_they_are(tmp_path: Path) -> None:
