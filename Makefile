@@ -38,6 +38,7 @@ lint: $(STAMP)
 	mkdir -p build/typed/lazycompress
 	ln -sfn ../../../integrations build/typed/lazycompress/integrations
 	$(BIN)/mypy
+	$(BIN)/mypy examples/web/make.py
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
