@@ -120,7 +120,13 @@ class Steps:
 
     @staticmethod
     def of(streams: Sequence[int]) -> Steps:
-        """Where a stream comes again a step begins. Steps of different sizes are not told from each other: each call is one."""
+        """Where a stream comes again a step begins. Steps of different sizes are not told from each other: each call is one.
+
+        Raises:
+            InputError: there are no calls.
+        """
+        if not len(streams):
+            raise InputError("plans are for one timestep or more")
         seen: set[int] = set()
         found: list[int] = []
         for stream in streams:
