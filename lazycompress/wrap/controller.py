@@ -24,7 +24,7 @@ import numpy as np
 from . import clock as timing
 from .clock import Columns
 from .continuity import PRINT, UNEXPLAINED, Past, print_of, same_print, unexplained
-from .history import compute_or_forecast
+from .history import Histories, compute_or_forecast
 from .ports import Port, Roles
 from .symbols import Symbol, branch, concat
 from .timetable import Timetable
@@ -127,9 +127,8 @@ class Controller:
         due, wanted = timing.planned(self.table, stream, now)
         computes = (~goes_on | wanted).any(0, 1, 2)
         weights = timing.weights(self.table, stream, now, self.order + 1)
-        given = compute_or_forecast(
-            computes, dense, list(inputs.values()), self.outputs, state.outputs, mask, weights
-        )  # fmt: skip
+        histories = self._histories(state)
+        given = compute_or_forecast(computes, dense, list(inputs.values()), histories, mask, weights)
 
         counted = computes.where(1.0, 0.0).reshape([1, 1, 1])
         times = concat([now, stream.times.take(range(self.depth - 1), axis=2)], axis=2)
@@ -154,6 +153,9 @@ class Controller:
             outputs=tuple(given.histories),
         )
 
+    def _histories(self, state: State) -> Histories:
+        return Histories(self.outputs, state.outputs, self.streams, self.depth)
+
     def _columns(self, clock: Symbol) -> Columns:
         return Columns.of(clock, self.depth, self.layout["conditions"])
 
@@ -170,10 +172,17 @@ class Controller:
         left = concat([sizes.take([0]), streams, sizes.like(np.array([1]))], axis=0)
         fits = state.clock.shape().equals(clock).all(0) & state.latents.shape().equals(wanted).all(0)
         fits = fits & state.outputs[0].size(0).equals(latents.size(0)).all(0)
+
+        def known(given: list[Symbol]) -> list[Symbol]:
+            # Reshaped to the sizes that they have, which no tool can infer.
+            now, before = given[1].reshape(given[4]), given[2].reshape(given[5])
+            outputs = self._histories(state).known(self.outputs[0], given[3], given[0])
+            return [now, before, self._left(given[0], now, before, outputs)]
+
         found = branch(
             fits,
             [*inputs, clock, wanted, left],
-            lambda given: [given[1].identity(), given[2].identity(), self._left(*given[:4])],
+            known,
             lambda given: [
                 given[0].like(value).expand(shape) for value, shape in zip((0.0, 0.0, 1.0), given[4:], strict=True)
             ],
@@ -194,8 +203,10 @@ class Controller:
 
     def _time(self, timestep: Symbol, batch: Symbol) -> Symbol:
         """Time along the way, [batch, 1, 1]; of per-token timesteps the largest, of one for all the same."""
-        rank = len(self.roles.timestep.shape)
-        rows = timestep.float().reshape([-1, 1] if rank < 2 else [0, -1]).max(1)
+        rows = timestep.float().reshape([-1])
+        if len(self.roles.timestep.shape) > 1:
+            tokens = timestep.float().reshape([0, -1])
+            rows = tokens.argmax(1).equals(tokens.size(1).counted()).where(tokens, 0.0).sum(1)
         picked = (batch.counted() * rows.size(0))._node("Div", batch)
         return rows.take(picked).reshape([-1, 1, 1]) * float(self.table.sign)
 

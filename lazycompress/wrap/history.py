@@ -26,12 +26,62 @@ class Given:
     histories: list[Symbol]
 
 
+@dataclass(frozen=True)
+class Histories:
+    """The last computed outputs of each stream.
+
+    Attributes:
+        ports: the denoiser's outputs.
+        values: for each of them [batch, streams, depth, ...], of any sizes.
+        streams, depth: sizes.
+    """
+
+    ports: Sequence[Port]
+    values: Sequence[Symbol]
+    streams: int
+    depth: int
+
+    def known(self, port: Port, value: Symbol, like: Symbol) -> Symbol:
+        """A history that has the batch of `like`, with its sizes spelled out: no tool can infer them."""
+        if None not in port.shape:
+            return value
+        return value.reshape(self._sizes(port, like, value, 3))
+
+    def fitting(self, port: Port, value: Symbol, fresh: Symbol) -> tuple[Symbol, Symbol]:
+        """Whether a history is of outputs of these sizes, bool [1]; and it, or zeros in its place."""
+        if None not in port.shape:
+            return fresh.like(np.array([True])).identity(), value
+        wanted = self._sizes(port, fresh, fresh, 1)
+        fits = value.shape().equals(wanted).all(0, keep=True)
+        [found] = branch(
+            fits.reshape([]),
+            [value, wanted],
+            lambda given: [given[0].reshape(given[1])],
+            lambda given: [given[0].like(0.0).expand(given[1])],
+        )
+        return fits, found
+
+    def pushed(self, port: Port, value: Symbol, fresh: Symbol, mask: Symbol) -> Symbol:
+        """A history with what was computed, in each sample's stream."""
+        mask = _per_stream(mask, port)
+        old = mask.where(value, 0.0).sum(1, keep=True)
+        newest = concat([fresh.insert(1, 2), old], axis=2)
+        return mask.where(newest.take(range(self.depth), axis=2), value)
+
+    def _sizes(self, port: Port, batch: Symbol, others: Symbol, at: int) -> Symbol:
+        """The sizes of a history, int64 [rank]: the batch of one tensor; what is open beyond as in another, from `at` on."""
+        sizes = [
+            others.size(k) if size is None else batch.like(np.array([size]))
+            for k, size in enumerate(port.shape[1:], at)
+        ]
+        return concat([batch.size(0), batch.like(np.array([self.streams, self.depth])), *sizes], axis=0)
+
+
 def compute_or_forecast(
     computes: Symbol,
     dense: Callable[[list[Symbol]], list[Symbol]],
     inputs: Sequence[Symbol],
-    ports: Sequence[Port],
-    histories: Sequence[Symbol],
+    histories: Histories,
     mask: Symbol,
     weights: Sequence[tuple[Symbol, Symbol]],
 ) -> Given:
@@ -41,58 +91,33 @@ def compute_or_forecast(
         computes: bool scalar.
         dense: writes the denoiser, given handles of its inputs.
         inputs: of the denoiser.
-        ports: its outputs.
-        histories: for each output the last computed ones, [batch, streams, depth, ...].
+        histories: of its outputs.
         mask: each sample's stream, bool [batch, streams, 1].
         weights: of the newest of them in the forecast, see `clock.weights`.
     """
     flat = [value for pair in weights for value in pair]
-    count = len(ports)
+    ports, count = histories.ports, len(histories.ports)
 
     def then(given: list[Symbol]) -> list[Symbol]:
         fresh = dense(given[1 + len(flat) + count :])
         kept, after = [], []
         for port, value, history in zip(ports, fresh, given[1 + len(flat) :][:count], strict=True):
-            fits, history = _fitting(port, value, history)
+            fits, history = histories.fitting(port, history, value)
             kept.append(fits)
-            after.append(_pushed(port, value.float(), history, given[0]))
+            after.append(histories.pushed(port, history, value.float(), given[0]))
         return [*(value.identity() for value in fresh), concat(kept, axis=0).all(0, keep=True), *after]
 
     def otherwise(given: list[Symbol]) -> list[Symbol]:
         pairs = list(zip(given[1 : 1 + len(flat) : 2], given[2 : 2 + len(flat) : 2], strict=True))
         own = given[1 + len(flat) :][:count]
-        found = [_forecast(port, history, given[0], pairs) for port, history in zip(ports, own, strict=True)]
+        found = [
+            _forecast(port, histories.known(port, history, given[0]), given[0], pairs)
+            for port, history in zip(ports, own, strict=True)
+        ]
         return [*found, given[0].like(np.array([True])).identity(), *(history.identity() for history in own)]
 
-    found = branch(computes, [mask, *flat, *histories, *inputs], then, otherwise)
+    found = branch(computes, [mask, *flat, *histories.values, *inputs], then, otherwise)
     return Given(found[:count], found[count], found[count + 1 :])
-
-
-def _fitting(port: Port, fresh: Symbol, history: Symbol) -> tuple[Symbol, Symbol]:
-    """Whether a history is of outputs of these sizes, bool [1]; and it, or zeros in its place."""
-    if None not in port.shape:
-        return fresh.like(np.array([True])).identity(), history
-    sizes, kept = fresh.shape(), history.shape().take([1, 2])
-    wanted = concat(
-        [sizes.take([0]), kept, *([sizes.take(range(1, len(port.shape)))] if port.shape[1:] else [])], axis=0
-    )
-    fits = history.shape().equals(wanted).all(0, keep=True)
-    [found] = branch(
-        fits.reshape([]),
-        [history, wanted],
-        lambda given: [given[0].identity()],
-        lambda given: [given[0].like(0.0).expand(given[1])],
-    )
-    return fits, found
-
-
-def _pushed(port: Port, fresh: Symbol, history: Symbol, mask: Symbol) -> Symbol:
-    """The history with what was computed, in each sample's stream."""
-    mask = _per_stream(mask, port)
-    old = mask.where(history, 0.0).sum(1, keep=True)
-    newest = concat([fresh.insert(1, 2), old], axis=2)
-    depth = history.size(2)
-    return mask.where(newest.first(depth, 2), history)
 
 
 def _forecast(port: Port, history: Symbol, mask: Symbol, weights: Sequence[tuple[Symbol, Symbol]]) -> Symbol:

@@ -50,10 +50,9 @@ class OnnxGraph:
         constants: initializers, which bodies see too.
     """
 
-    def __init__(self, opset: int) -> None:
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
-        self._opset = opset
         self._count = 0
 
     def constant(self, value: np.ndarray[Any, Any]) -> str:
@@ -63,7 +62,7 @@ class OnnxGraph:
 
     def node(self, kind: str, inputs: Sequence[Any], **attributes: Any) -> str:
         inputs = list(inputs)
-        if kind == "ReduceSum" or (kind == "ReduceMax" and self._opset >= 18):
+        if kind == "ReduceSum":
             inputs.append(self.constant(np.array(attributes.pop("axes"), np.int64)))
         if kind == "Cast":
             attributes["to"] = _DTYPES[attributes["to"]]
@@ -136,7 +135,7 @@ def wrapped(model: onnx.ModelProto, controller: Controller, defaults: bool = Tru
         raise InputError("the model is lazy already: wrap the dense denoiser")
     found = onnx.ModelProto()
     found.CopyFrom(model)
-    graph, old = OnnxGraph(opset), model.graph
+    graph, old = OnnxGraph(), model.graph
     renamed = {info.name: f"{PREFIX}dense.{info.name}" for info in old.output}
 
     def dense(own: list[Symbol]) -> list[Symbol]:
@@ -145,7 +144,7 @@ def wrapped(model: onnx.ModelProto, controller: Controller, defaults: bool = Tru
         return [Symbol(graph, renamed[i.name] if i.name in made else i.name) for i in old.output]
 
     states = controller.shapes()
-    past = [Symbol(graph, f"past_{name}") for name in states]
+    past = [_of_any_size(Symbol(graph, f"past_{name}"), shape) for name, shape in states.items()]
     own, _ = ports(model)
     outputs, after = controller.write(
         {port.name: Symbol(graph, port.name) for port in own}, State(past[0], past[1], tuple(past[2:])), dense
@@ -163,6 +162,11 @@ def wrapped(model: onnx.ModelProto, controller: Controller, defaults: bool = Tru
             nothing = np.zeros(sizes_or(shape, 1), np.float32)
             found.graph.initializer.append(numpy_helper.from_array(nothing, f"past_{name}"))
     return found
+
+
+def _of_any_size(past: Symbol, shape: Sequence[int | None]) -> Symbol:
+    """A past whose sizes no tool takes for those of its default, which ONNX Runtime's symbolic shape inference does."""
+    return past.reshape(past.shape().abs()) if None in shape else past
 
 
 def _info(name: str, shape: Sequence[int | None]) -> onnx.ValueInfoProto:

@@ -67,7 +67,6 @@ _NODES: dict[str, Callable[..., Any]] = {
     "Min": ops.minimum,
     "Cast": lambda x, to: ops.convert(x, _DTYPES[to]),
     "ReduceSum": lambda x, axes, keepdims: ops.reduce_sum(x, ops.constant(np.array(axes)), keepdims),
-    "ReduceMax": lambda x, axes, keepdims: ops.reduce_max(x, ops.constant(np.array(axes)), keepdims),
     "ArgMax": lambda x, axis: ops.topk(x, ops.constant(np.int64(1)), axis, "max", "value", "i64").output(1),
     "Shape": ops.shape_of,
     "Reshape": lambda x, shape: ops.reshape(x, shape, special_zero=True),

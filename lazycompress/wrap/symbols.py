@@ -115,9 +115,6 @@ class Symbol:
     def sum(self, *axes: int, keep: bool = False) -> Symbol:
         return self._node("ReduceSum", axes=axes, keepdims=keep)
 
-    def max(self, *axes: int, keep: bool = False) -> Symbol:
-        return self._node("ReduceMax", axes=axes, keepdims=keep)
-
     def any(self, *axes: int, keep: bool = False) -> Symbol:
         """Whether any is true, along axes."""
         return self.float().sum(*axes, keep=keep) > 0.5
@@ -164,7 +161,7 @@ class Symbol:
 
     def counted(self) -> Symbol:
         """0, 1, ... as far as this number, int64 [1], says."""
-        return self.like(np.array(0))._node("Range", self.reshape([]), np.array(1))
+        return self.like(np.array(0))._node("Range", self.take(0), np.array(1))
 
 
 def concat(parts: Sequence[Symbol], axis: int) -> Symbol:

@@ -18,12 +18,18 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 Denoiser = Callable[..., np.ndarray[Any, Any]]
 
 
-def openvino_model(batch: int = -1, size: int = -1, tokens: int = -1, channels: int = CHANNELS) -> ov.Model:
-    """sin(2 latents + timestep / 100) + mean of the prompt, in `channels` channels: the first ones again, if they are more."""
+def openvino_model(
+    batch: int = -1, size: int = -1, tokens: int = -1, channels: int = CHANNELS, per_token: bool = False
+) -> ov.Model:
+    """sin(2 latents + timestep / 100) + mean of the prompt, in `channels` channels: the first ones again, if they are more.
+
+    Where each token has a timestep, that of the last one counts.
+    """
     latents = _parameter("hidden_states", [batch, CHANNELS, size, size])
-    timestep = _parameter("timestep", [batch])
+    timestep = _parameter("timestep", [batch, -1] if per_token else [batch])
     prompt = _parameter("encoder_hidden_states", [batch, tokens, WIDTH])
-    time = ops.reshape(ops.multiply(timestep, np.float32(0.01)), np.array([-1, 1, 1, 1]), False)
+    moment = ops.gather(timestep, ops.constant(np.int64(-1)), ops.constant(np.int64(1))) if per_token else timestep
+    time = ops.reshape(ops.multiply(moment, np.float32(0.01)), np.array([-1, 1, 1, 1]), False)
     mean = ops.reshape(ops.reduce_mean(prompt, np.array([1, 2])), np.array([-1, 1, 1, 1]), False)
     value = ops.add(ops.sin(ops.add(ops.multiply(latents, np.float32(2)), time)), mean)
     if channels != CHANNELS:
@@ -41,15 +47,17 @@ def _parameter(name: str, shape: list[int]) -> Any:
 
 
 def onnx_model(
-    batch: int | str = "batch", size: int | str = "size", tokens: int | str = "tokens", opset: int = 17
-) -> Any:
+    batch: int | str = "batch", size: int | str = "size", tokens: int | str = "tokens", opset: int = 17,
+    per_token: bool = False,
+) -> Any:  # fmt: skip
     """The same for ONNX, of four channels; the prompt's sum over `WIDTH * tokens` in place of its mean."""
     kind = onnx.TensorProto.FLOAT
     arrays = {"two": np.float32([2]), "hundredth": np.float32([0.01]), "column": np.array([-1, 1, 1, 1]),
-              "rows": np.array([0, -1]), "one": np.array([1]), "scale": np.float32([0.05])}  # fmt: skip
+              "rows": np.array([0, -1]), "one": np.array([1]), "last": np.array(-1), "scale": np.float32([0.05])}  # fmt: skip
     nodes = [
         helper.make_node("Mul", ["hidden_states", "two"], ["twice"]),
-        helper.make_node("Mul", ["timestep", "hundredth"], ["scaled"]),
+        helper.make_node("Gather", ["timestep", "last"], ["moment"], axis=1),
+        helper.make_node("Mul", ["moment", "hundredth"], ["scaled"]),
         helper.make_node("Reshape", ["scaled", "column"], ["time"]),
         helper.make_node("Add", ["twice", "time"], ["phase"]),
         helper.make_node("Sin", ["phase"], ["wave"]),
@@ -59,10 +67,12 @@ def onnx_model(
         helper.make_node("Reshape", ["small", "column"], ["shift"]),
         helper.make_node("Add", ["wave", "shift"], ["out_sample"]),
     ]
+    if not per_token:
+        nodes[1] = helper.make_node("Identity", ["timestep"], ["moment"])
     info = helper.make_tensor_value_info
     inputs = [
         info("hidden_states", kind, [batch, CHANNELS, size, size]),
-        info("timestep", kind, [batch]),
+        info("timestep", kind, [batch, "timesteps"] if per_token else [batch]),
         info("encoder_hidden_states", kind, [batch, tokens, WIDTH]),
     ]
     outputs = [info("out_sample", kind, [batch, CHANNELS, size, size])]

@@ -144,6 +144,19 @@ def test_samplers_may_call_twice_at_a_timestep(pair: Make, known: bool) -> None:
     assert 0.4 <= np.mean(computed) <= 0.65
 
 
+def test_each_token_may_have_a_timestep(pair: Make) -> None:
+    """As where a video goes on from its first frame, whose tokens are done."""
+
+    def of_tokens(runner: Any) -> Any:
+        return lambda timestep, **inputs: runner(timestep=np.stack([0 * timestep, timestep], axis=1), **inputs)
+
+    plan = even(TIMES, 0.4, 1)
+    lazy, full = pair(plan, per_token=True)
+    both = Compared((of_tokens(lazy), of_tokens(full)), plan)
+    for seed in (1, 2):
+        assert both.run(Image(seed, prompt(1))) == list(plan.computes)
+
+
 def test_one_sample_that_has_to_compute_has_all_compute(pair: Make) -> None:
     plan = even(TIMES, 0.5, 1)
     both = Compared(pair(plan), plan)
