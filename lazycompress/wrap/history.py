@@ -43,9 +43,7 @@ class Histories:
 
     def known(self, port: Port, value: Symbol, like: Symbol) -> Symbol:
         """A history that has the batch of `like`, with its sizes spelled out: no tool can infer them."""
-        if None not in port.shape:
-            return value
-        return value.reshape(self._sizes(port, like, value, 3))
+        return value if None not in port.shape else value.reshape(self._sizes(port, like, value, 3))
 
     def fitting(self, port: Port, value: Symbol, fresh: Symbol) -> tuple[Symbol, Symbol]:
         """Whether a history is of outputs of these sizes, bool [1]; and it, or zeros in its place."""
@@ -63,10 +61,27 @@ class Histories:
 
     def pushed(self, port: Port, value: Symbol, fresh: Symbol, mask: Symbol) -> Symbol:
         """A history with what was computed, in each sample's stream."""
-        mask = _per_stream(mask, port)
-        old = mask.where(value, 0.0).sum(1, keep=True)
-        newest = concat([fresh.insert(1, 2), old], axis=2)
-        return mask.where(newest.take(range(self.depth), axis=2), value)
+        mask, flat = mask.insert(3), self._flat(value)
+        old = mask.where(flat, 0.0).sum(1, keep=True)
+        newest = concat([fresh.reshape([0, 1, 1, -1]), old], axis=2)
+        found = mask.where(newest.take(range(self.depth), axis=2), flat)
+        return found.reshape(self._sizes(port, fresh, fresh, 1))
+
+    def forecast(self, port: Port, value: Symbol, mask: Symbol, weights: Sequence[tuple[Symbol, Symbol]]) -> Symbol:
+        """The polynomial through the newest outputs of each sample's stream."""
+        value = self.known(port, value, mask)
+        outputs = mask.insert(3).where(self._flat(value), 0.0).sum(1)
+        total: Symbol | None = None
+        for k, (known, weight) in enumerate(weights):
+            part = known.reshape([-1, 1]).where(outputs.take(k, axis=1), 0.0) * weight.reshape([-1, 1])
+            total = part if total is None else total + part
+        assert total is not None  # an order is at least 0
+        sizes = self._sizes(port, mask, value, 3)
+        return total.reshape(sizes.take([0, *range(3, 2 + len(port.shape))])).cast(port.dtype)
+
+    def _flat(self, value: Symbol) -> Symbol:
+        """[batch, streams, depth, numbers]: OpenVINO computes nonsense with the seven dimensions of a video's (2026.4)."""
+        return value.reshape([0, self.streams, self.depth, -1])
 
     def _sizes(self, port: Port, batch: Symbol, others: Symbol, at: int) -> Symbol:
         """The sizes of a history, int64 [rank]: the batch of one tensor; what is open beyond as in another, from `at` on."""
@@ -110,29 +125,8 @@ def compute_or_forecast(
     def otherwise(given: list[Symbol]) -> list[Symbol]:
         pairs = list(zip(given[1 : 1 + len(flat) : 2], given[2 : 2 + len(flat) : 2], strict=True))
         own = given[1 + len(flat) :][:count]
-        found = [
-            _forecast(port, histories.known(port, history, given[0]), given[0], pairs)
-            for port, history in zip(ports, own, strict=True)
-        ]
+        found = [histories.forecast(port, history, given[0], pairs) for port, history in zip(ports, own, strict=True)]
         return [*found, given[0].like(np.array([True])).identity(), *(history.identity() for history in own)]
 
     found = branch(computes, [mask, *flat, *histories.values, *inputs], then, otherwise)
     return Given(found[:count], found[count], found[count + 1 :])
-
-
-def _forecast(port: Port, history: Symbol, mask: Symbol, weights: Sequence[tuple[Symbol, Symbol]]) -> Symbol:
-    """The polynomial through the newest outputs of each sample's stream."""
-    ones = [1] * (len(port.shape) - 1)
-    outputs = _per_stream(mask, port).where(history, 0.0).sum(1)
-    total: Symbol | None = None
-    for k, (known, weight) in enumerate(weights):
-        value = known.reshape([-1, *ones]).where(outputs.take(k, axis=1), 0.0)
-        part = value * weight.reshape([-1, *ones])
-        total = part if total is None else total + part
-    assert total is not None  # an order is at least 0
-    return total.cast(port.dtype)
-
-
-def _per_stream(mask: Symbol, port: Port) -> Symbol:
-    """A mask of streams [batch, streams, 1] for histories of an output."""
-    return mask.insert(*range(3, 3 + len(port.shape) - 1)) if port.shape[1:] else mask

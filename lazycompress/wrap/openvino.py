@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, InputError, MissingExtraError
+from ..graph.insert import is_timestep_name
 from .controller import Controller, State, sizes_or
 from .ports import Port
 from .symbols import Body, Symbol
@@ -128,22 +129,28 @@ def ports(model: ov.Model) -> tuple[list[Port], list[Port]]:
     """The inputs and outputs of a model.
 
     Raises:
-        InputError: one has no name, or any number of dimensions.
+        InputError: an input has no name, or one of them any number of dimensions.
     """
     found: tuple[list[Port], list[Port]] = ([], [])
     for word, outputs, into in (("input", model.inputs, found[0]), ("output", model.outputs, found[1])):
         for k, port in enumerate(outputs):
-            names, shape = port.get_names(), port.get_partial_shape()
-            if not names:
-                raise InputError(f"{word} {k} of the model has no name: give it one with set_names")
+            name, shape = _name(port), port.get_partial_shape()
+            if name is None and word == "input":
+                raise InputError(f"input {k} of the model has no name: give it one with set_names")
+            name = name or f"output_{k}"  # a conversion from torch names no outputs
             if shape.rank.is_dynamic:
-                raise InputError(
-                    f"{word} {port.get_any_name()} has no fixed number of dimensions: reshape the model first"
-                )
+                raise InputError(f"{word} {name} has no fixed number of dimensions: reshape the model first")
             sizes = tuple(size.get_length() if size.is_static else None for size in shape)
             kind = port.get_element_type()
-            into.append(Port(port.get_any_name(), sizes, _numpy_name(kind)))
+            into.append(Port(name, sizes, _numpy_name(kind)))
     return found
+
+
+def _name(port: Any) -> str | None:
+    """The name of an input or output that says most: a conversion leaves numbers beside the one that the input had."""
+    own = port.get_node().get_friendly_name()
+    names = sorted(port.get_names(), key=lambda name: (name != own, not is_timestep_name(name), name))
+    return names[0] if names else None
 
 
 def _numpy_name(kind: ov.Type) -> str:
@@ -167,8 +174,8 @@ def wrapped(model: ov.Model, controller: Controller) -> ov.Model:
     graph = OpenVINOGraph()
     parameters, results = model.get_parameters(), model.get_results()
     names = [result.input_value(0).get_tensor().get_names() for result in results]
-    order = {port.get_node().get_friendly_name(): port.get_any_name() for port in model.inputs}
-    inputs = {order[p.get_friendly_name()]: Symbol(graph, p.output(0)) for p in parameters}
+    own_ports, _ = ports(model)
+    inputs = {port.name: Symbol(graph, p.output(0)) for port, p in zip(own_ports, parameters, strict=True)}
     readers = [list(p.output(0).get_target_inputs()) for p in parameters]
     given = [result.input_value(0) for result in results]
 

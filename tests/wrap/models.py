@@ -19,18 +19,20 @@ Denoiser = Callable[..., np.ndarray[Any, Any]]
 
 
 def openvino_model(
-    batch: int = -1, size: int = -1, tokens: int = -1, channels: int = CHANNELS, per_token: bool = False
-) -> ov.Model:
+    batch: int = -1, size: int = -1, tokens: int = -1, channels: int = CHANNELS, per_token: bool = False,
+    video: bool = False,
+) -> ov.Model:  # fmt: skip
     """sin(2 latents + timestep / 100) + mean of the prompt, in `channels` channels: the first ones again, if they are more.
 
-    Where each token has a timestep, that of the last one counts.
+    Where each token has a timestep, that of the last one counts. A video has one dimension more.
     """
-    latents = _parameter("hidden_states", [batch, CHANNELS, size, size])
+    sizes, column = [size] * (3 if video else 2), np.array([-1, 1, 1, 1, 1] if video else [-1, 1, 1, 1])
+    latents = _parameter("hidden_states", [batch, CHANNELS, *sizes])
     timestep = _parameter("timestep", [batch, -1] if per_token else [batch])
     prompt = _parameter("encoder_hidden_states", [batch, tokens, WIDTH])
     moment = ops.gather(timestep, ops.constant(np.int64(-1)), ops.constant(np.int64(1))) if per_token else timestep
-    time = ops.reshape(ops.multiply(moment, np.float32(0.01)), np.array([-1, 1, 1, 1]), False)
-    mean = ops.reshape(ops.reduce_mean(prompt, np.array([1, 2])), np.array([-1, 1, 1, 1]), False)
+    time = ops.reshape(ops.multiply(moment, np.float32(0.01)), column, False)
+    mean = ops.reshape(ops.reduce_mean(prompt, np.array([1, 2])), column, False)
     value = ops.add(ops.sin(ops.add(ops.multiply(latents, np.float32(2)), time)), mean)
     if channels != CHANNELS:
         value = ops.gather(value, ops.constant(np.arange(channels) % CHANNELS), ops.constant(np.int64(1)))
@@ -48,11 +50,11 @@ def _parameter(name: str, shape: list[int]) -> Any:
 
 def onnx_model(
     batch: int | str = "batch", size: int | str = "size", tokens: int | str = "tokens", opset: int = 17,
-    per_token: bool = False,
+    per_token: bool = False, video: bool = False,
 ) -> Any:  # fmt: skip
     """The same for ONNX, of four channels; the prompt's sum over `WIDTH * tokens` in place of its mean."""
-    kind = onnx.TensorProto.FLOAT
-    arrays = {"two": np.float32([2]), "hundredth": np.float32([0.01]), "column": np.array([-1, 1, 1, 1]),
+    kind, sizes = onnx.TensorProto.FLOAT, [size] * (3 if video else 2)
+    arrays = {"two": np.float32([2]), "hundredth": np.float32([0.01]), "column": np.array([-1, 1, *[1] * len(sizes)]),
               "rows": np.array([0, -1]), "one": np.array([1]), "last": np.array(-1), "scale": np.float32([0.05])}  # fmt: skip
     nodes = [
         helper.make_node("Mul", ["hidden_states", "two"], ["twice"]),
@@ -71,11 +73,11 @@ def onnx_model(
         nodes[1] = helper.make_node("Identity", ["timestep"], ["moment"])
     info = helper.make_tensor_value_info
     inputs = [
-        info("hidden_states", kind, [batch, CHANNELS, size, size]),
+        info("hidden_states", kind, [batch, CHANNELS, *sizes]),
         info("timestep", kind, [batch, "timesteps"] if per_token else [batch]),
         info("encoder_hidden_states", kind, [batch, tokens, WIDTH]),
     ]
-    outputs = [info("out_sample", kind, [batch, CHANNELS, size, size])]
+    outputs = [info("out_sample", kind, [batch, CHANNELS, *sizes])]
     weights = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
     graph = helper.make_graph(nodes, "toy", inputs, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)

@@ -25,15 +25,19 @@ def prompt(seed: int, batch: int = 2, tokens: int = 3) -> Any:
     return np.random.default_rng(1000 + seed).normal(size=(batch, tokens, WIDTH)).astype(np.float32)
 
 
-def noise(seed: int, batch: int = 2, size: int = 6) -> Any:
-    return np.random.default_rng(seed).normal(size=(batch, CHANNELS, size, size)).astype(np.float32)
+def noise(seed: int, batch: int = 2, *sizes: int) -> Any:
+    return np.random.default_rng(seed).normal(size=(batch, CHANNELS, *sizes)).astype(np.float32)
 
 
 class Image:
     """One run of an Euler sampler, a call at a time."""
 
-    def __init__(self, seed: int, words: Any, times: Sequence[float] = TIMES, size: int = 6) -> None:
-        self.latents, self.words, self.times = noise(seed, len(words), size), words, list(times)
+    def __init__(
+        self, seed: int, words: Any, times: Sequence[float] = TIMES, size: int = 6, frames: int = 0, pace: float = 0.05
+    ) -> None:
+        sizes = (frames, size, size) if frames else (size, size)
+        self.latents, self.words, self.times = noise(seed, len(words), *sizes), words, list(times)
+        self.pace = np.float32(pace)
 
     @property
     def over(self) -> bool:
@@ -46,7 +50,7 @@ class Image:
 
     def step(self, output: Any) -> None:
         self.times.pop(0)
-        self.latents = (self.latents - 0.05 * output).astype(np.float32)
+        self.latents = (self.latents - self.pace * output).astype(np.float32)
 
 
 class Compared:
@@ -157,12 +161,26 @@ def test_each_token_may_have_a_timestep(pair: Make) -> None:
         assert both.run(Image(seed, prompt(1))) == list(plan.computes)
 
 
+@pytest.mark.parametrize("order", [0, 2])
+def test_videos(pair: Make, order: int) -> None:
+    """Five dimensions, and seven of what is kept. Outputs of another frame count leave nothing of the ones before."""
+    plan = even(TIMES, 0.4, order)
+    both = Compared(pair(plan, video=True), plan)
+    for frames in (3, 5, 3):
+        image = Image(
+            1, prompt(1), frames=frames, size=4, pace=0.3
+        )  # far enough to need outputs to explain the next latents
+        assert both.run(image) == list(plan.computes)
+    both.run(Image(2, prompt(1), frames=3, size=4), calls=5)
+    assert both.run(Image(3, prompt(1, batch=1), frames=3, size=4)) == list(plan.computes)
+
+
 def test_one_sample_that_has_to_compute_has_all_compute(pair: Make) -> None:
     plan = even(TIMES, 0.5, 1)
     both = Compared(pair(plan), plan)
     image = Image(1, prompt(1))
     both.run(image, calls=3)
-    image.latents[1] = noise(9)[1]  # another image takes the place of the second sample
+    image.latents[1] = noise(9, 2, 6, 6)[1]  # another image takes the place of the second sample
     assert both.run(image, calls=1) == [True]
     assert not plan.computes[3]
     both.run(image)
