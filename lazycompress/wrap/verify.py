@@ -29,7 +29,7 @@ _SIZE = 16
 #: Images that are drawn: the first one warms up.
 _IMAGES = 3
 
-#: How far latents go from call to call, as a share of the dense output.
+#: How far latents go from call to call, as a share of the output.
 _STEP = 0.05
 
 #: Largest difference of a computed call, as a share of the largest output: kernels may be chosen by the graph around them.
@@ -176,7 +176,7 @@ def _compare(folder: Path, card: Mapping[str, Any], dense: Path, given: Arrays |
             count = _computed(lazy, card["clock"])
             found.add(outputs, expected, count > before or not number, f"call {number} of image {image}")
             before = count
-            inputs[latents] = _onward(inputs[latents], expected[0])
+            inputs[latents] = _onward(inputs[latents], outputs[0])  # as a sampler goes on that has this file
         counts.append(int(before))
         seconds.append(spent)
     of_dense, of_lazy = np.median(seconds[1:], axis=0).tolist()
