@@ -174,8 +174,7 @@ class Controller:
         fits = fits & state.outputs[0].size(0).equals(latents.size(0)).all(0)
 
         def known(given: list[Symbol]) -> list[Symbol]:
-            # Reshaped to the sizes that they have, which no tool can infer.
-            now, before = given[1].reshape(given[4]), given[2].reshape(given[5])
+            now, before = given[1].of_sizes(given[4]), given[2].of_sizes(given[5])
             outputs = self._histories(state).known(self.outputs[0], given[3], given[0])
             return [now, before, self._left(given[0], now, before, outputs)]
 

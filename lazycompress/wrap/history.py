@@ -43,7 +43,7 @@ class Histories:
 
     def known(self, port: Port, value: Symbol, like: Symbol) -> Symbol:
         """A history that has the batch of `like`, with its sizes spelled out: no tool can infer them."""
-        return value if None not in port.shape else value.reshape(self._sizes(port, like, value, 3))
+        return value if None not in port.shape else value.of_sizes(self._sizes(port, like, value, 3))
 
     def fitting(self, port: Port, value: Symbol, fresh: Symbol) -> tuple[Symbol, Symbol]:
         """Whether a history is of outputs of these sizes, bool [1]; and it, or zeros in its place."""
@@ -54,10 +54,10 @@ class Histories:
         [found] = branch(
             fits.reshape([]),
             [value, wanted],
-            lambda given: [given[0].reshape(given[1])],
+            lambda given: [given[0].identity()],
             lambda given: [given[0].like(0.0).expand(given[1])],
         )
-        return fits, found
+        return fits, found.of_sizes(wanted)
 
     def pushed(self, port: Port, value: Symbol, fresh: Symbol, mask: Symbol) -> Symbol:
         """A history with what was computed, in each sample's stream."""

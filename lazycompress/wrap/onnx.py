@@ -48,9 +48,11 @@ class OnnxGraph:
     Attributes:
         nodes: of the graph or body that is being written.
         constants: initializers, which bodies see too.
+        infos: types and sizes that are known of values, by name; those of a body are written into it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, infos: Sequence[onnx.ValueInfoProto] = ()) -> None:
+        self.infos = {info.name: info for info in infos}
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self._count = 0
@@ -61,7 +63,7 @@ class OnnxGraph:
         return name
 
     def node(self, kind: str, inputs: Sequence[Any], **attributes: Any) -> str:
-        inputs = list(inputs)
+        inputs, kind = list(inputs), "Reshape" if kind == "OfSizes" else kind
         if kind == "ReduceSum":
             inputs.append(self.constant(np.array(attributes.pop("axes"), np.int64)))
         if kind == "Cast":
@@ -76,7 +78,11 @@ class OnnxGraph:
         for write in (then, otherwise):
             self.nodes = []
             outputs = [onnx.ValueInfoProto(name=name) for name in write(list(inputs))]
-            bodies.append(onnx.helper.make_graph(self.nodes, "body", [], outputs))
+            made = [name for node in self.nodes for name in node.output if name in self.infos]
+            infos = [
+                self.infos[name] for name in made
+            ]  # without, runtimes do not fuse what they fuse in the dense file
+            bodies.append(onnx.helper.make_graph(self.nodes, "body", [], outputs, value_info=infos))
         self.nodes = outer
         found = [self._name("If") for _ in bodies[0].output]
         self.nodes.append(
@@ -135,7 +141,7 @@ def wrapped(model: onnx.ModelProto, controller: Controller, defaults: bool = Tru
         raise InputError("the model is lazy already: wrap the dense denoiser")
     found = onnx.ModelProto()
     found.CopyFrom(model)
-    graph, old = OnnxGraph(), model.graph
+    graph, old = OnnxGraph(model.graph.value_info), model.graph
     renamed = {info.name: f"{PREFIX}dense.{info.name}" for info in old.output}
 
     def dense(own: list[Symbol]) -> list[Symbol]:
@@ -166,7 +172,7 @@ def wrapped(model: onnx.ModelProto, controller: Controller, defaults: bool = Tru
 
 def _of_any_size(past: Symbol, shape: Sequence[int | None]) -> Symbol:
     """A past whose sizes no tool takes for those of its default, which ONNX Runtime's symbolic shape inference does."""
-    return past.reshape(past.shape().abs()) if None in shape else past
+    return past.of_sizes(past.shape().abs()) if None in shape else past
 
 
 def _info(name: str, shape: Sequence[int | None]) -> onnx.ValueInfoProto:

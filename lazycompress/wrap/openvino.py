@@ -80,6 +80,7 @@ _NODES: dict[str, Callable[..., Any]] = {
     # In this form alone a product stays in float32: with a Transpose of its own, or of three dimensions, it does not (2026.4).
     "Gemm": lambda x, y, transB: ops.matmul(x, y, False, bool(transB)),
     "Identity": lambda x: x,
+    "OfSizes": lambda x, _: x,
 }
 
 
@@ -94,7 +95,7 @@ class OpenVINOGraph:
 
     def node(self, kind: str, inputs: Sequence[Any], **attributes: Any) -> Any:
         made = _NODES[kind](*inputs, **attributes)
-        if kind == "Identity":
+        if kind in ("Identity", "OfSizes"):
             return made
         output = made.output(0) if isinstance(made, ov.Node) else made
         self._count += 1

@@ -139,6 +139,13 @@ class Symbol:
         """With other sizes; 0 keeps one, -1 is what is left."""
         return self._node("Reshape", shape if isinstance(shape, Symbol) else np.array(shape, np.int64))
 
+    def of_sizes(self, shape: Symbol) -> Symbol:
+        """The same, which has these sizes, for tools that infer them. OpenVINO is not told.
+
+        It takes what holds in one body for true outside of it, too (2026.4).
+        """
+        return self._node("OfSizes", shape)
+
     def expand(self, shape: Symbol) -> Symbol:
         return self._node("Expand", shape)
 

@@ -23,13 +23,13 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Pair]:
     """Wraps a small denoiser of one format; gives its runner, and that of the dense one."""
     numbers = count()
 
-    def make(plan: Plan, per_token: bool = False, video: bool = False, **options: Any) -> Pair:
+    def make(plan: Plan, model: dict[str, Any] | None = None, **options: Any) -> Pair:
         out = tmp_path / f"lazy_{next(numbers)}"
         if request.param == "openvino":
-            lazycompress.wrap(openvino_model(per_token=per_token, video=video), plan, out, **options)
-            return OpenVINO(out / "openvino_model.xml"), OpenVINO(openvino_model(per_token=per_token, video=video))
-        onnx.save(onnx_model(per_token=per_token, video=video), tmp_path / "model.onnx")
+            lazycompress.wrap(openvino_model(**(model or {})), plan, out, **options)
+            return OpenVINO(out / "openvino_model.xml"), OpenVINO(openvino_model(**(model or {})))
+        onnx.save(onnx_model(**(model or {})), tmp_path / "model.onnx")
         lazycompress.wrap(tmp_path / "model.onnx", plan, out, **options)
-        return Onnx(str(out / "model.onnx")), Onnx(onnx_model(per_token=per_token, video=video).SerializeToString())
+        return Onnx(str(out / "model.onnx")), Onnx(onnx_model(**(model or {})).SerializeToString())
 
     return make

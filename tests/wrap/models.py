@@ -100,9 +100,10 @@ class OpenVINO:
 class Onnx:
     """Calls an ONNX model and hands `present_*` outputs to the next call."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, level: Any = ort.GraphOptimizationLevel.ORT_ENABLE_ALL) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.graph_optimization_level = level
         self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.past: Arrays = {}
 

@@ -155,17 +155,26 @@ def test_each_token_may_have_a_timestep(pair: Make) -> None:
         return lambda timestep, **inputs: runner(timestep=np.stack([0 * timestep, timestep], axis=1), **inputs)
 
     plan = even(TIMES, 0.4, 1)
-    lazy, full = pair(plan, per_token=True)
+    lazy, full = pair(plan, {"per_token": True})
     both = Compared((of_tokens(lazy), of_tokens(full)), plan)
     for seed in (1, 2):
         assert both.run(Image(seed, prompt(1))) == list(plan.computes)
+
+
+@pytest.mark.parametrize("sizes", [{"size": 6}, {"size": 6, "tokens": 3}])
+def test_another_batch_where_other_sizes_are_fixed(pair: Make, sizes: dict[str, int]) -> None:
+    plan = even(TIMES, 0.4, 2)
+    both = Compared(pair(plan, sizes), plan)
+    for batch in (2, 1, 2, 3):
+        both.run(Image(1, prompt(1, batch)), calls=5)
+        assert both.run(Image(2, prompt(1, batch))) == list(plan.computes)
 
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_videos(pair: Make, order: int) -> None:
     """Five dimensions, and seven of what is kept. Outputs of another frame count leave nothing of the ones before."""
     plan = even(TIMES, 0.4, order)
-    both = Compared(pair(plan, video=True), plan)
+    both = Compared(pair(plan, {"video": True}), plan)
     for frames in (3, 5, 3):
         image = Image(
             1, prompt(1), frames=frames, size=4, pace=0.3
