@@ -117,7 +117,8 @@ class Reference:
             left = np.linalg.norm(rest) / np.linalg.norm(target)
             if left <= 0.1:
                 found.append((left, stream))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+        best = min(found, key=lambda pair: (max(0, pair[0] ** 2 - 1e-5), -pair[1].timestep, pair[1].used), default=None)
+        return best[1] if best else None
 
     def _wanted(self, stream: Stream, time: float) -> bool:
         times, calls = self._times, np.arange(len(self._times))

@@ -195,6 +195,32 @@ def test_one_sample_that_has_to_compute_has_all_compute(pair: Make) -> None:
     both.run(image)
 
 
+@pytest.mark.parametrize("calls", [1, 4, 5, 12])
+def test_a_run_that_was_stopped_is_repeated(pair: Make, calls: int) -> None:
+    """With the same noise: from where it was stopped, two streams are of one image."""
+    plan = even(TIMES, 0.4, 1)
+    both = Compared(pair(plan), plan)
+    alone = Image(1, prompt(1))
+    both.run(alone)
+    for _ in range(2):
+        both.run(Image(1, prompt(1)), calls)
+        image = Image(1, prompt(1))
+        assert both.run(image) == list(plan.computes)
+        np.testing.assert_array_equal(image.latents, alone.latents)
+
+
+def test_passes_that_nothing_but_their_order_tells_apart(pair: Make) -> None:
+    """As where guidance perturbs the model itself: the passes have the same latents and conditions."""
+    plan = even(TIMES, 0.5, 1)
+    (known, _), (unknown, _) = pair(plan), pair(plan, moving=("encoder_hidden_states",))
+    image, nothing = Image(1, prompt(1)), prompt(99)
+    while not image.over:
+        outputs = [known(**image.inputs()), known(**image.inputs(nothing))]
+        for inputs, output in zip((image.inputs(), image.inputs(nothing)), outputs, strict=True):
+            np.testing.assert_allclose(unknown(**inputs), output, rtol=0, atol=1e-5)
+        image.step(outputs[1] + 3.0 * (outputs[0] - outputs[1]))
+
+
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_guidance_in_calls_of_its_own(pair: Make, streams: int) -> None:
     plan = even(TIMES, 0.5, 1)
