@@ -210,7 +210,31 @@ def make_wan() -> Any:
     )  # fmt: skip
 
 
+def make_ltx() -> Any:
+    torch.manual_seed(0)
+    t5 = t5_tokenizer()
+    transformer = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=4, attention_head_dim=8,
+        cross_attention_dim=32, num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    widths, no = (8, 8, 8, 8), (False,) * 4
+    vae = diffusers.AutoencoderKLLTXVideo(
+        in_channels=3, out_channels=3, latent_channels=8, block_out_channels=widths, decoder_block_out_channels=widths,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(*no, False),
+        upsample_residual=no, upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1, patch_size_t=1,
+        encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    return quiet(
+        diffusers.LTXPipeline(
+            scheduler=flow_scheduler(), vae=vae.eval(), text_encoder=t5_text(t5).eval(), tokenizer=t5,
+            transformer=lively(transformer),
+        )
+    )  # fmt: skip
+
+
 _SMALL = {"height": 16, "width": 16, "max_sequence_length": 16}
+_LTX = {"height": 32, "width": 32, "max_sequence_length": 16}
 _PLAIN = {"use_resolution_binning": False, "clean_caption": False}
 _SANA = {"height": 32, "width": 32, "complex_human_instruction": None}
 
@@ -232,6 +256,9 @@ PIPELINES: dict[str, Specimen] = {
     "sana": Specimen(
         make_sana, {"prompt": ["a cat", "red dog"], **_SMALL, **_PLAIN, **_SANA},
         {"prompt": ["the grass", "blue photo"], **_SMALL, **_PLAIN, **_SANA},
+    ),
+    "ltx": Specimen(
+        make_ltx, {"prompt": ["a cat", "red dog"], "num_frames": 9, **_LTX}, {"prompt": ["dog", "grass"], "num_frames": 9, **_LTX}
     ),
     "wan": Specimen(
         make_wan, {"prompt": ["a cat", "red dog"], "negative_prompt": "blue", "num_frames": 5, **_SMALL},
