@@ -15,7 +15,7 @@ import pytest
 import lazycompress
 from lazycompress import InputError, LazyCompressError
 from lazycompress.cli import main
-from lazycompress.plan.plan import Plan, even
+from lazycompress.plan.plan import Plan, dense, even
 from lazycompress.wrap.plans import read_plan
 from lazycompress.wrap.verify import verify_wrapped
 
@@ -23,6 +23,7 @@ from .models import CHANNELS, WIDTH, Onnx, OpenVINO, onnx_model, openvino_model
 
 TIMES = tuple(980.0 - 20 * k for k in range(6))
 PLAN = even(TIMES, 0.5, 1)
+MODEL = "openvino_model.xml"
 
 
 def run(runner: Any, batch: int = 2, size: int = 6, tokens: int = 3) -> list[Any]:
@@ -137,6 +138,32 @@ def test_a_reshape_before_or_after(batch: int, tmp_path: Path) -> None:
     assert not before.is_dynamic()
     assert all(variable.info.data_shape.is_static for variable in before.get_variables())
     assert same(run(OpenVINO(before), batch), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_reshaped_file_computes_what_the_reshaped_dense_file_computes(batch: int, tmp_path: Path) -> None:
+    shapes = {"hidden_states": [batch, CHANNELS, 6, 6], "timestep": [batch], "encoder_hidden_states": [batch, 3, WIDTH]}
+    models = []
+    for plan in (dense(TIMES), PLAN):
+        models.append(
+            ov.Core().read_model(lazycompress.wrap(openvino_model(), plan, tmp_path / str(len(models))) / MODEL)
+        )
+    for model in (*models, full := openvino_model()):
+        model.reshape(shapes)
+    everything, lazy, plain = map(OpenVINO, (*models, full))
+    pairs: list[bool] = []
+
+    def both(runner: Any) -> Any:
+        def call(**inputs: Any) -> Any:
+            output = runner(**inputs)
+            pairs.append(np.array_equal(output, plain(**inputs)))
+            return output
+
+        return call
+
+    run(both(everything), batch)
+    run(both(lazy), batch)
+    assert pairs == [True] * 2 * len(TIMES) + list(PLAN.computes) * 2
 
 
 def test_outputs_of_more_channels_than_the_latents(tmp_path: Path) -> None:
