@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import openvino as ov
 import pytest
 import torch
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from safetensors.torch import save_file
 from torch import nn
 
@@ -185,6 +187,9 @@ def test_a_transformer_by_torch_onnx(name: str, tmp_path: Path) -> None:
     check(kind, wrap, run, run(tmp_path / "model.onnx"))
     for found in verify_wrapped(tmp_path / "half", tmp_path / "model.onnx", inputs=_stored(example, tmp_path)):
         assert found.ok  # as it is loaded by default
+    onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "half" / "model.onnx"), True, True, True)
+    quant_pre_process(tmp_path / "half" / "model.onnx", tmp_path / "prepared.onnx")
+    Onnx(str(tmp_path / "prepared.onnx"))
 
 
 def _stored(example: dict[str, torch.Tensor], folder: Path) -> Path:
