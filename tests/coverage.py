@@ -102,7 +102,7 @@ def measure(specimen: Specimen) -> Row:
         return _measure(specimen)
     except Exception as error:  # one model must not cost the table
         source = f"{specimen.attention}/{specimen.mlp}/{specimen.parallel}"
-        note = f"fails: {type(error).__name__} {_short(str(error))}"
+        note = f"fails: {type(error).__name__} {short(str(error))}"
         return Row(specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, note)
 
 
@@ -114,7 +114,7 @@ def _measure(specimen: Specimen) -> Row:
         lazy = wrapped(model, first, second)
     except LazyCompressError as error:
         return Row(
-            specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, _short(str(error))
+            specimen.name, specimen.family, source, "-", "-", None, None, None, None, "-", None, short(str(error))
         )
     with torch.no_grad():
         dense = [model(**first), model(**second)]
@@ -251,7 +251,8 @@ def difference(got: Any, wanted: Any) -> float:
     return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
 
 
-def _short(message: str) -> str:
+def short(message: str) -> str:
+    """The start of a message, without paths of this machine and without bars of a table."""
     # No paths of this machine in a page that is kept.
     return re.sub(r"/\S*/site-packages/", "", message).replace("|", "/")[:260]
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.decomp_utils import CustomDecompTable
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
 Decompositions = Mapping[Any, Callable[..., Any]]
@@ -46,7 +47,7 @@ def decompose(program: ExportedProgram, table: Decompositions) -> ExportedProgra
     known = CustomDecompTable()  # type: ignore[no-untyped-call]
     rules = dict(table)
     try:
-        traced = {node: _trace(node, rules) for _, node in nodes if _stands_for_others(node, rules, known)}
+        traced = _traced([node for _, node in nodes if _stands_for_others(node, rules, known)], rules)
     except Exception:  # whatever it is, the way round has its own word on it
         return _whole(program, rules)
     if not all(_stands_alone(node) for node in (*(node for _, node in nodes), *_within(traced.values()))):
@@ -101,6 +102,35 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
 
 
+def _traced(nodes: list[fx.Node], table: dict[Any, Callable[..., Any]]) -> dict[fx.Node, fx.GraphModule]:
+    """What each node stands for; the same for those that do the same with operands of the same kinds, as blocks do."""
+    seen: dict[object, fx.GraphModule] = {}
+    found = {}
+    for node in nodes:
+        leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+        kinds = [_kind(leaf.meta["val"]) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in leaves]
+        key = (node.target, str(spec), *kinds)
+        if key not in seen:
+            seen[key] = _trace(node, table)
+        found[node] = seen[key]
+    return found
+
+
+def _kind(value: Any) -> object:
+    """All of a value that tracing looks at: sizes, that are numbers or expressions, and how it lies in memory."""
+    if isinstance(value, Tensor):
+        return (
+            tuple(map(str, value.shape)),
+            tuple(map(str, value.stride())),
+            str(value.storage_offset()),
+            value.dtype,
+            value.device,
+        )
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, value))
+    return (type(value), str(value))
+
+
 def _trace(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.GraphModule:
     """What a node stands for, of its operands. Numbers that are not known until it runs stay those of the program."""
     leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
@@ -122,7 +152,52 @@ def _trace(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.GraphModul
                 stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(torch.no_grad())
-        return make_fx(run, table)(*values)
+        return _without_writing(make_fx(run, table)(*values))
+
+
+def _without_writing(traced: fx.GraphModule) -> fx.GraphModule:
+    """What an operation writes into a value of its own, of which there is no view, is a further value."""
+    order = {node: k for k, node in enumerate(traced.graph.nodes)}
+    for node in list(order):
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue
+        into = node.args[0]
+        before = {reader for reader in into.users if order[reader] < order[node]}
+        if into.op != "call_function" or not all(map(_gives_new, [into, *before])):
+            continue
+        readers = [*node.users, *set(into.users).difference(before, {node})]
+        if node.target is _aten.copy_.default and _alike(into, node.args[1]):
+            written = node.args[1]
+        elif (pure := _without_underscore(node.target)) is not None:
+            node.target, written = pure, node
+        else:
+            continue
+        for reader in readers:
+            reader.replace_input_with(into, written)
+            reader.replace_input_with(node, written)
+        if written is not node:
+            traced.graph.erase_node(node)
+    return traced
+
+
+def _without_underscore(operation: OpOverload) -> OpOverload | None:
+    """The operation that gives what another one writes into its first operand, if there is one."""
+    name = operation._schema.name.removeprefix("aten::").removesuffix("_")
+    found: OpOverload | None = getattr(getattr(_aten, name, None), operation._overloadname, None)
+    return found if found is not None and not found._schema.is_mutable and name != "copy" else None
+
+
+def _alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two values have the same type, and sizes that are known to be the same."""
+    a, b = one.meta["val"], other.meta["val"]
+    return bool(a.dtype == b.dtype and a.device == b.device and statically_known_true(sym_eq(a.shape, b.shape)))
+
+
+def _gives_new(node: fx.Node) -> bool:
+    """Whether an operation's results lie in memory of their own."""
+    return isinstance(node.target, OpOverload) and all(
+        value.alias_info is None for value in node.target._schema.returns
+    )
 
 
 def _expand(module: fx.GraphModule, node: fx.Node, traced: fx.GraphModule) -> None:

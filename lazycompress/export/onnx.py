@@ -30,10 +30,9 @@ try:
     import onnx_ir as ir
     import torch.onnx
     from onnx_ir.traversal import RecursiveGraphIterator
-    from onnxscript.optimizer import optimize_ir
-    from onnxscript.rewriter.onnx_fusions import fuse
 
     from .onnx_int8 import to_integers
+    from .onnx_simplify import simplify
     from .onnx_weights import restore_once
 except ImportError as _error:  # pragma: no cover - exercised by the packaging tests
     raise MissingExtraError("onnx", "onnx", "export to ONNX") from _error
@@ -93,8 +92,7 @@ def convert(
             )  # fmt: skip
             assert program is not None
             model: ir.Model = program.model
-            optimize_ir(model, should_fold=lambda node: False if _restores(node) else None)
-            fuse(model)
+            simplify(model, should_fold=lambda node: False if _restores(node) else None)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"ONNX does not take the lowered graph: {' '.join(lines)[-300:]}") from error

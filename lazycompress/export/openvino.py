@@ -23,13 +23,13 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.decomp_utils import CustomDecompTable
 
-from ..errors import ExportError, MissingExtraError
+from ..errors import ExportError, LazyCompressError, MissingExtraError
 from ..graph.insert import FORECAST, StateSpec
 from .card import Weights
 from .decompose import decompose
 from .exact import keep_exact
 from .finite import narrowed
-from .portable import add_sizes, slice_scatter
+from .portable import add_sizes, constants_within, slice_scatter
 from .trace import DECISIONS, TracedModel, is_weight
 
 try:
@@ -85,18 +85,20 @@ def convert(traced: TracedModel, stateful: bool = True, telemetry: bool = False,
         decoder = TorchFXPythonDecoder(_decomposed(traced.program), dynamic_shapes=True)
         with _same_logging():
             model = ov.convert_model(decoder)
+        _name(model, traced)
+        if weights != "f32":
+            _store_as(model, weights)
+        _store_4_bits(model)
+        if not telemetry:
+            model.remove_result(_result(model, DECISIONS))
+        if stateful:
+            model = _with_state(model, traced)
+        model.validate_nodes_and_infer_types()
+    except LazyCompressError:
+        raise
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ExportError(f"OpenVINO does not convert the lowered graph: {' '.join(lines)[-300:]}") from error
-    _name(model, traced)
-    if weights != "f32":
-        _store_as(model, weights)
-    _store_4_bits(model)
-    if not telemetry:
-        model.remove_result(_result(model, DECISIONS))
-    if stateful:
-        model = _with_state(model, traced)
-    model.validate_nodes_and_infer_types()
     return model
 
 
@@ -210,7 +212,7 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
             table.pop(operation)
     table[torch.ops.aten.slice_scatter.default] = slice_scatter
     module: fx.GraphModule = decompose(program, table).module()
-    return add_sizes(module)
+    return constants_within(add_sizes(module))
 
 
 @contextmanager
@@ -280,10 +282,12 @@ def _with_state(model: ov.Model, traced: TracedModel) -> ov.Model:
         # Where the two know the same sizes, an Assign need not copy.
         shape = ov.PartialShape([max(size, -1) for size in spec.shape])
         known = value.get_partial_shape()
-        variable.data_shape = known if shape.compatible(known) and known.rank == shape.rank else shape
+        initial = _initial(spec)
+        fits = shape.compatible(known) and known.rank == shape.rank and known.compatible(ov.PartialShape(initial.shape))
+        variable.data_shape = known if fits else shape
         variable.data_type = parameter.get_element_type()
         variable.variable_id = past
-        read = ops.read_value(ops.constant(_initial(spec)), past, variable.data_type, variable.data_shape)
+        read = ops.read_value(ops.constant(initial), past, variable.data_type, variable.data_shape)
         read.set_friendly_name(past)
         for target in parameter.output(0).get_target_inputs():
             target.replace_source_output(read.output(0))

@@ -4,17 +4,19 @@ Each rule holds in the program's own graph and in the bodies of its branches:
 
 1. Memory without values (`empty`) is filled with zeros: models write over all of it, converters have no such operation.
 2. A squeeze of a size that is not 1 does nothing in torch, is an error in ONNX, and becomes an alias.
-3. An operand of a body that stands in a list (as in `cat`) passes through a copy: OpenVINO reads another value there.
+3. An operand of a body that stands in a list (as in `cat`) passes through an operation that leaves it as it is: OpenVINO reads
+   another value there, and sees through a copy.
 4. A sum of several sizes is added up two by two.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
@@ -47,6 +49,47 @@ def add_sizes(module: fx.GraphModule) -> fx.GraphModule:
         if isinstance(part, fx.GraphModule) and _add_sizes(part):
             part.recompile()
     return module
+
+
+def constants_within(module: fx.GraphModule) -> fx.GraphModule:
+    """Weights that are operands of a `cond`, in the bodies that read them instead.
+
+    OpenVINO's converter takes a time that grows with the product of operands and operations.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
+        predicate, *bodies, operands = node.args
+        kept = []
+        parts = [getattr(module, body.target) for body in bodies]
+        inputs = [part.graph.find_nodes(op="placeholder") for part in parts]
+        for position, operand in enumerate(operands):
+            value = fetch_attribute(module, operand.target) if operand.op == "get_attr" else None
+            if not isinstance(value, Tensor):
+                kept.append(operand)
+                continue
+            for part, found in zip(parts, inputs, strict=True):
+                _put_in_place_of(part, found[position], value)
+        node.args = (predicate, *bodies, tuple(kept))
+        for part in parts:
+            constants_within(part)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def fetch_attribute(module: nn.Module, target: str) -> object:
+    """What a node reads that gets an attribute, `a.b.c`."""
+    return functools.reduce(getattr, target.split("."), module)
+
+
+def _put_in_place_of(body: fx.GraphModule, operand: fx.Node, value: Tensor) -> None:
+    if operand.users:
+        name = f"constant_{operand.name}"
+        body.register_buffer(name, value)
+        with body.graph.inserting_before(operand):
+            constant = body.graph.get_attr(name)
+        constant.meta = dict(operand.meta)
+        operand.replace_all_uses_with(constant)
+    body.graph.erase_node(operand)
 
 
 def slice_scatter(
@@ -119,7 +162,10 @@ def _copy_in_lists(module: fx.GraphModule) -> int:
         if not readers:
             continue
         with module.graph.inserting_after(list(module.graph.find_nodes(op="placeholder"))[-1]):
-            copy = module.graph.call_function(_aten.clone.default, (operand,))
+            if operand.meta["val"].dtype == torch.bool:
+                copy = module.graph.call_function(_aten.logical_or.default, (operand, operand))
+            else:
+                copy = module.graph.call_function(_aten.mul.Tensor, (operand, 1))
         copy.meta = dict(operand.meta)
         for node in readers:
             node.replace_input_with(operand, copy)

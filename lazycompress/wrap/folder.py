@@ -148,6 +148,10 @@ def _wrap_file(source: Path, target: Path, options: Options) -> None:
 def _wrap_openvino(model: ov.Model, target: Path, options: Options) -> None:
     from . import openvino as format
 
+    if not options.past_defaults:
+        raise InputError(
+            "past_defaults: an OpenVINO file keeps its past as a state and has no inputs past_*; leave it out"
+        )
     controller = options.controller(*format.ports(model))
     format.write(format.wrapped(model, controller), target)
     seal(target.parent, EXPORT, _about("openvino", target, controller, options))

@@ -79,9 +79,8 @@ class OnnxGraph:
             self.nodes = []
             outputs = [onnx.ValueInfoProto(name=name) for name in write(list(inputs))]
             made = [name for node in self.nodes for name in node.output if name in self.infos]
-            infos = [
-                self.infos[name] for name in made
-            ]  # without, runtimes do not fuse what they fuse in the dense file
+            # Without what is known of its values, runtimes do not fuse in a body what they fuse in the dense file.
+            infos = [self.infos[name] for name in made]
             bodies.append(onnx.helper.make_graph(self.nodes, "body", [], outputs, value_info=infos))
         self.nodes = outer
         found = [self._name("If") for _ in bodies[0].output]

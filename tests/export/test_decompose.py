@@ -35,6 +35,8 @@ def writes(x: Tensor) -> Tensor:
 
 CASES: dict[str, Callable[[Tensor], Any]] = {
     "a norm": lambda x: torch.layer_norm(x, [4]),
+    "a norm of squares": lambda x: nn.functional.rms_norm(x, [4]),
+    "one operation in several ways": lambda x: x.softmax(0) + x.softmax(1) + x.repeat(1, 2).softmax(1)[:, :4],
     "several results": lambda x: torch.var_mean(x, dim=1),
     "parts": lambda x: [part * 2 for part in x.chunk(2, dim=1)],
     "an output that is its input": lambda x: (torch.dropout(x, 0.5, False), torch.dropout(x, 0.5, False)),

@@ -1,0 +1,79 @@
+"""Programs whose branches are bodies, as OpenVINO takes them: weights are in the bodies, and results are those of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+ov = pytest.importorskip("openvino")
+
+from lazycompress.export.openvino import _decomposed  # noqa: E402
+from lazycompress.export.portable import fetch_attribute, make_portable  # noqa: E402
+
+
+class Nested(nn.Module):
+    """A branch within a branch, whose bodies read weights of their own and a shared one, and join operands in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.shared = nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        inner = lambda x, y: self.first(torch.cat([x, y], 1))  # noqa: E731
+        outer = lambda x, y: torch.cond(y.sum() > 0, inner, lambda x, y: self.second(x), (x, y))  # noqa: E731
+        result: Tensor = torch.cond(x.sum() > 0, outer, lambda x, y: self.shared(x) + self.second(y), (x, y))
+        return self.shared(result)
+
+
+def conds(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
+                yield part, node
+
+
+@pytest.fixture(scope="module")
+def model() -> Nested:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Nested().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def rewritten(model: Nested) -> fx.GraphModule:
+    batch = torch.export.Dim("batch", min=2, max=9)
+    shapes = {"x": {0: batch}, "y": {0: batch}}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(3, 4), torch.randn(3, 4)), dynamic_shapes=shapes, strict=False
+        )
+    make_portable(program)
+    return _decomposed(program)
+
+
+def test_no_weight_is_an_operand(rewritten: fx.GraphModule) -> None:
+    found = list(conds(rewritten))
+    assert len(found) == 2
+    for part, node in found:
+        values = [fetch_attribute(part, operand.target) for operand in node.args[3] if operand.op == "get_attr"]
+        assert not [value for value in values if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("x", [1.0, -1.0])
+@pytest.mark.parametrize("y", [1.0, -1.0])
+def test_every_branch_gives_what_it_gave(model: Nested, rewritten: fx.GraphModule, x: float, y: float) -> None:
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    values = torch.rand(5, 4) * x, torch.rand(5, 4) * y
+    expected = model(*values)
+    torch.testing.assert_close(rewritten(*values), expected)
+    compiled = ov.compile_model(
+        ov.convert_model(TorchFXPythonDecoder(rewritten, dynamic_shapes=True)),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32"},
+    )
+    got = torch.from_numpy(compiled([value.numpy() for value in values])[0])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
