@@ -256,6 +256,7 @@ def _unnamed(folder: Path) -> Any:
         (lambda folder: openvino_model(), {"timestep_input": "t"}, "no input 't'"),
         (lambda folder: openvino_model(), {"moving": ["control"]}, "no input 'control'"),
         (lambda folder: openvino_model(), {"streams": 0}, "streams"),
+        (lambda folder: openvino_model(), {"past_defaults": False}, "past_defaults"),
         (lambda folder: openvino_model(), {"plan": Plan((3.0, 1.0, 2.0), (True,) * 3)}, "turn back"),
     ],
 )  # fmt: skip
