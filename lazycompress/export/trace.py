@@ -20,6 +20,7 @@ from ..graph.lower import lazy_branches
 from ..runtime import LazyModel
 from .card import Granularity
 from .portable import make_portable
+from .real_pairs import to_real_pairs
 
 _log = logging.getLogger(__name__)
 
@@ -184,6 +185,7 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"torch.export does not take the lowered graph: {first[:300]}") from error
     make_portable(exported)
+    to_real_pairs(exported)
     shapes = [
         [-1 if d in dims else size for d, size in enumerate(t.shape)]
         for t, dims in zip([*examples, *past], free, strict=True)
