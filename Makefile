@@ -46,6 +46,7 @@ bench: $(STAMP)
 bench-export: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.export_latency --shape S/2 B/2 XL/2 --precision f32 bf16 --batch 1 2 8
 	$(BIN)/python -m tests.benchmarks.export_memory --shape XL/2
+	$(BIN)/python -m tests.benchmarks.export_time
 
 bench-compose: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.compose_latency

@@ -29,7 +29,7 @@ from .card import Weights
 from .decompose import decompose
 from .exact import keep_exact
 from .finite import narrowed
-from .portable import add_sizes, constants_within, slice_scatter
+from .portable import add_sizes, constants_within, select_scatter, slice_scatter
 from .trace import DECISIONS, TracedModel, is_weight
 
 try:
@@ -211,6 +211,7 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
         if operation in table:
             table.pop(operation)
     table[torch.ops.aten.slice_scatter.default] = slice_scatter
+    table[torch.ops.aten.select_scatter.default] = select_scatter
     module: fx.GraphModule = decompose(program, table).module()
     return constants_within(add_sizes(module))
 
@@ -283,8 +284,11 @@ def _with_state(model: ov.Model, traced: TracedModel) -> ov.Model:
         shape = ov.PartialShape([max(size, -1) for size in spec.shape])
         known = value.get_partial_shape()
         initial = _initial(spec)
-        fits = shape.compatible(known) and known.rank == shape.rank and known.compatible(ov.PartialShape(initial.shape))
-        variable.data_shape = known if fits else shape
+        if not (shape.compatible(known) and known.rank == shape.rank):
+            known = shape
+        if known.is_static:  # of a model that runs one batch size: its state is never another
+            initial = np.broadcast_to(initial, known.to_shape()).copy()
+        variable.data_shape = known
         variable.data_type = parameter.get_element_type()
         variable.variable_id = past
         read = ops.read_value(ops.constant(initial), past, variable.data_type, variable.data_shape)

@@ -7,6 +7,7 @@ Each rule holds in the program's own graph and in the bodies of its branches:
 3. An operand of a body that stands in a list (as in `cat`) passes through an operation that leaves it as it is: OpenVINO reads
    another value there, and sees through a copy.
 4. A sum of several sizes is added up two by two.
+5. A body that runs without autocast, or without gradients, is no body: a model whose bodies are traced has neither.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
 
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+
+#: At which argument the body is, and its operands behind it.
+_PLAIN_BODIES = {_AUTOCAST: 4, torch.ops.higher_order.wrap_with_set_grad_enabled: 1}
+
 _FILLED = {
     _aten.empty.memory_format: _aten.zeros.default,
     _aten.empty_like.default: _aten.zeros_like.default,
@@ -33,7 +39,7 @@ def make_portable(program: ExportedProgram) -> int:
     bodies = [m for name, m in program.graph_module.named_modules() if name and isinstance(m, fx.GraphModule)]
     changed = 0
     for module in [program.graph_module, *bodies]:
-        here = _fill(module) + _alias(module) + _add_sizes(module)
+        here = _inline(module) + _fill(module) + _alias(module) + _add_sizes(module)
         if module is not program.graph_module:
             here += _copy_in_lists(module)
         if here:
@@ -117,6 +123,37 @@ def slice_scatter(
     return torch.stack(kept, dim + 1).flatten(dim, dim + 1)
 
 
+def select_scatter(value: Tensor, part: Tensor, dim: int, index: int) -> Any:
+    """`value[..., index, ...] = part` without an assignment: OpenVINO has one of vectors only."""
+    size = value.shape[dim]
+    if not isinstance(index, int) or not isinstance(size, int):
+        return NotImplemented
+    return slice_scatter(value, part.unsqueeze(dim), dim, index % size, index % size + 1)
+
+
+def _inline(module: fx.GraphModule) -> int:
+    """Rule 5."""
+    changed = 0
+    for node in list(module.graph.nodes):
+        place = _PLAIN_BODIES.get(node.target)
+        if place is None or (node.target is _AUTOCAST and node.args[2]):
+            continue
+        inside, *operands = node.args[place:]
+        body = fetch_attribute(module, inside.target)
+        if not isinstance(body, fx.GraphModule) or body.graph.find_nodes(op="get_attr"):
+            continue
+        copies = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+        with module.graph.inserting_before(node):
+            results: Any = module.graph.graph_copy(body.graph, copies)
+        for reader in list(node.users):
+            position: Any = reader.args[1]
+            reader.replace_all_uses_with(results[position])
+            module.graph.erase_node(reader)
+        module.graph.erase_node(node)
+        changed += 1
+    return changed
+
+
 def _fill(module: fx.GraphModule) -> int:
     """Rule 1."""
     found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in _FILLED]
@@ -146,8 +183,11 @@ def _add_sizes(module: fx.GraphModule) -> int:
         first, *rest = node.args[0]
         with module.graph.inserting_before(node):
             for size in rest:
+                known = operator.add(
+                    *(value.meta["val"] if isinstance(value, fx.Node) else value for value in (first, size))
+                )
                 first = module.graph.call_function(operator.add, (first, size))
-        first.meta = dict(node.meta)
+                first.meta["val"] = known
         node.replace_all_uses_with(first)
         module.graph.erase_node(node)
     return len(found)

@@ -9,6 +9,7 @@ BENCHMARKS = (
     "locate_scaling",
     "overhead",
     "export_latency",
+    "export_time",
     "compose_time",
     "compose_size",
     "compose_latency",

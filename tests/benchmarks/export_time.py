@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--format", nargs="+", default=["openvino", "onnx"], choices=["openvino", "onnx"])
     parser.add_argument("--write", type=Path, help=PAGE_HELP)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with written(options.write, "export_time"):
         for blocks in options.calls:
             measure(blocks, "whole calls", options.format)
