@@ -23,6 +23,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from ..errors import ExportError
+
 _aten = torch.ops.aten
 
 _COND = torch.ops.higher_order.cond
@@ -62,9 +64,14 @@ def _summed(sign: int) -> Callable[[_Pair, _Pair], _Pair]:
     return lambda one, other: _Pair(one.parts + sign * other.parts)
 
 
-def _converted(value: _Pair, *_: Any, **options: Any) -> _Pair:
-    kind = next((x for x in (*_, *options.values()) if isinstance(x, torch.dtype)), None)
-    return value if kind is None else _Pair(value.parts.to(kind.to_real()))
+def _converted(value: Any, *given: Any, **options: Any) -> Any:
+    kind = next((x for x in (*given, *options.values()) if isinstance(x, torch.dtype)), None)
+    if not isinstance(value, _Pair):
+        real = value.to(kind.to_real()) if kind else value
+        return _pair(real, torch.zeros_like(real))
+    if kind is None:
+        return value
+    return _Pair(value.parts.to(kind.to_real())) if kind.is_complex else value.unbind()[0].to(kind)
 
 
 def _gathered(value: _Pair, dim: int, index: Tensor, **_: Any) -> _Pair:
@@ -139,7 +146,11 @@ def _moved(operation: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 def to_real_pairs(program: ExportedProgram) -> ExportedProgram:
-    """Rewrite a program, in place, that computes with complex numbers within."""
+    """Rewrite a program, in place, that computes with complex numbers within.
+
+    Raises:
+        ExportError: an operation that has a rule is called in a way that the rule does not know.
+    """
     graphs = [part for part in program.graph_module.modules() if isinstance(part, fx.GraphModule)]
     touched = [node for part in graphs for node in part.graph.nodes if _touches(node)]
     if not touched or not all(map(_has_a_rule, touched)) or not _within(program):
@@ -234,8 +245,6 @@ def _replaced(module: fx.GraphModule, node: fx.Node, pairs: set[fx.Node]) -> Ite
     operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     operation: Any = node.target
     rule = _RULES.get(operation)
-    if rule is not None and not (set(operands) & pairs or operation in _MAKERS):
-        rule = None
 
     def run(*values: Any) -> Any:
         given = iter(
@@ -252,7 +261,13 @@ def _replaced(module: fx.GraphModule, node: fx.Node, pairs: set[fx.Node]) -> Ite
             stack.enter_context(mode)
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(torch.no_grad())
-        traced = make_fx(run)(*values)
+        try:
+            traced = make_fx(run)(*values)
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise ExportError(
+                f"complex numbers at {node.target} cannot be told as pairs of real ones: {said}"
+            ) from error
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with module.graph.inserting_before(node):
         for number, inner in enumerate(n for n in traced.graph.nodes if n.op == "call_function"):
@@ -269,7 +284,3 @@ def _replaced(module: fx.GraphModule, node: fx.Node, pairs: set[fx.Node]) -> Ite
         module.graph.erase_node(reader)
     module.graph.erase_node(node)
     return [copies[result] for result in results]
-
-
-#: They make complex values of real ones.
-_MAKERS = {_aten.view_as_complex.default, _aten.complex.default, _aten.polar.default, _aten.zeros.default}

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lazycompress.errors import ExportError
 from lazycompress.export.portable import make_portable
 from lazycompress.export.real_pairs import to_real_pairs
 
@@ -49,6 +50,7 @@ CASES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "chosen positions": lambda x, a: back(pairs_of(x) * a[torch.tensor([5, 4, 3, 2, 1, 0])]),
     "gathered": lambda x, a: back(pairs_of(x) * a.gather(0, torch.arange(24).reshape(6, 4) % 6)),
     "other precision": lambda x, a: back(pairs_of(x) * a.to(torch.complex128).to(torch.complex64)),
+    "from real numbers and back": lambda x, a: (pairs_of(x) * x[..., :4].to(torch.complex64) * a).to(torch.float32),
     "several results": lambda x, a: [part.real for part in (pairs_of(x) * a).unbind(-1)],
     "moved": in_parts,
     "in branches": in_branches,
@@ -87,6 +89,7 @@ def complex_values(program: ExportedProgram) -> list[str]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_without_complex_numbers(name: str) -> None:
     program = program_of(CASES[name])
@@ -103,6 +106,12 @@ def test_a_program_without_is_left_alone() -> None:
     program = program_of(lambda x, a: x * 2)
     before = str(program.graph)
     assert str(to_real_pairs(program).graph) == before
+
+
+def test_an_unknown_way_is_one_line() -> None:
+    with pytest.raises(ExportError, match=r"aten\.mul") as caught:
+        to_real_pairs(program_of(lambda x, a: back(pairs_of(x) * a * 2j)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
