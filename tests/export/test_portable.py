@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 ov = pytest.importorskip("openvino")
 
@@ -36,39 +39,41 @@ def conds(module: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, fx.Node]]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Nested:
-    with torch.random.fork_rng(devices=[]):
+def program() -> ExportedProgram:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return Nested().requires_grad_(False)
+        batch = torch.export.Dim("batch", min=2, max=9)
+        return torch.export.export(
+            Nested().requires_grad_(False), (torch.randn(3, 4), torch.randn(3, 4)),
+            dynamic_shapes={"x": {0: batch}, "y": {0: batch}}, strict=False,
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def rewritten(model: Nested) -> fx.GraphModule:
-    batch = torch.export.Dim("batch", min=2, max=9)
-    shapes = {"x": {0: batch}, "y": {0: batch}}
-    with torch.no_grad():
-        program = torch.export.export(
-            model, (torch.randn(3, 4), torch.randn(3, 4)), dynamic_shapes=shapes, strict=False
-        )
-    make_portable(program)
-    return _decomposed(program)
+def rewritten(program: ExportedProgram) -> fx.GraphModule:
+    changed = copy.deepcopy(program)
+    make_portable(changed)
+    return _decomposed(changed)
 
 
 def test_no_weight_is_an_operand(rewritten: fx.GraphModule) -> None:
     found = list(conds(rewritten))
     assert len(found) == 2
     for part, node in found:
-        values = [fetch_attribute(part, operand.target) for operand in node.args[3] if operand.op == "get_attr"]
+        operands: Any = node.args[3]
+        values = [fetch_attribute(part, operand.target) for operand in operands if operand.op == "get_attr"]
         assert not [value for value in values if isinstance(value, Tensor)]
 
 
 @pytest.mark.parametrize("x", [1.0, -1.0])
 @pytest.mark.parametrize("y", [1.0, -1.0])
-def test_every_branch_gives_what_it_gave(model: Nested, rewritten: fx.GraphModule, x: float, y: float) -> None:
+def test_every_branch_gives_what_it_gave(
+    program: ExportedProgram, rewritten: fx.GraphModule, x: float, y: float
+) -> None:
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     values = torch.rand(5, 4) * x, torch.rand(5, 4) * y
-    expected = model(*values)
+    expected = program.module()(*values)
     torch.testing.assert_close(rewritten(*values), expected)
     compiled = ov.compile_model(
         ov.convert_model(TorchFXPythonDecoder(rewritten, dynamic_shapes=True)),
