@@ -260,26 +260,34 @@ def short(message: str) -> str:
 def render(rows: list[Row]) -> str:
     """The page."""
     classes = sum(row.family != "style" for row in rows)
-    lines = [
-        "# Coverage",
-        "",
+    about = [
         f"{MARK}; `tests/graph/test_coverage.py` fails where a cell gets worse.",
         f"{classes} models of diffusers and {len(rows) - classes} written for the tests, tiny and with random weights.",
+    ]
+    return page("Coverage", about, COLUMNS, [row.cells() for row in rows])
+
+
+def page(title: str, about: list[str], columns: dict[str, str], cells: list[list[str]]) -> str:
+    """A page with one table: what it shows, what the columns mean, and its rows."""
+    lines = [
+        f"# {title}",
         "",
-        *(f"- **{name}**: {meaning}" for name, meaning in COLUMNS.items() if meaning),
+        *about,
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-        *("| " + " | ".join(row.cells()) + " |" for row in rows),
+        *(f"- **{name}**: {meaning}" for name, meaning in columns.items() if meaning),
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in cells),
     ]
     return "\n".join(lines) + "\n"
 
 
-def committed() -> dict[str, list[str]]:
+def committed(table: Path = TABLE) -> dict[str, list[str]]:
     """The cells of the kept table by name, or nothing if there is none."""
-    if not TABLE.exists():
+    if not table.exists():
         return {}
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")][2:]
+    lines = [line for line in table.read_text().splitlines() if line.startswith("| ")][2:]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     return {cells[0].strip("| "): [cell.strip("| ") for cell in cells] for cells in rows}
 

@@ -27,7 +27,7 @@ from lazycompress.files import check_file, write_file
 from lazycompress.graph.call import take_apart
 from lazycompress.graph.insert import find_timestep
 from lazycompress.runtime import wrap
-from tests.coverage import short, specimens
+from tests.coverage import committed, page, short, specimens
 from tests.export_models import lively
 from tests.zoo.specimen import STEPS, Specimen
 
@@ -151,26 +151,11 @@ def _failed(name: str, reason: str) -> Row:
 def render(cells: list[list[str]]) -> str:
     """The page."""
     written = [sum(row[2 + k] != "none" for row in cells) for k in range(len(FORMATS))]
-    lines = [
-        "# Coverage of files",
-        "",
+    about = [
         f"{MARK}; with `--only` the other rows stay as they are.",
         f"{len(cells)} models, tiny and with random weights; files with a branch plan: {written[0]} ONNX, {written[1]} OpenVINO.",
-        "",
-        *(f"- **{name}**: {meaning}" for name, meaning in COLUMNS.items()),
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-        *("| " + " | ".join(row) + " |" for row in cells),
     ]
-    return "\n".join(lines) + "\n"
-
-
-def committed(page: Path) -> dict[str, list[str]]:
-    """The cells of a page by name, or nothing if there is none."""
-    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")][2:] if page.exists() else []
-    rows = [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split(" | ")] for line in lines]
-    return {cells[0]: cells for cells in rows}
+    return page("Coverage of files", about, COLUMNS, cells)
 
 
 def main() -> None:

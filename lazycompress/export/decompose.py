@@ -144,6 +144,13 @@ def _trace(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.GraphModul
         return operation(*args, **kwargs) if results is NotImplemented else results
 
     values = [operand.meta["val"] for operand in _operands(node)]
+    return _without_writing(as_graph(run, values, node, table))
+
+
+def as_graph(
+    run: Callable[..., Any], values: list[Any], node: fx.Node, table: dict[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """What `run` does with values of which sizes are known, as a graph of as many inputs; they are of the program of `node`."""
     fakes = [value for value in pytree.tree_leaves((values, node.meta["val"])) if isinstance(value, FakeTensor)]
     with ExitStack() as stack:
         for mode in [fake.fake_mode for fake in fakes[:1]]:
@@ -152,7 +159,7 @@ def _trace(node: fx.Node, table: dict[Any, Callable[..., Any]]) -> fx.GraphModul
                 stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(torch.no_grad())
-        return _without_writing(make_fx(run, table)(*values))
+        return make_fx(run, table)(*values)
 
 
 def _without_writing(traced: fx.GraphModule) -> fx.GraphModule:

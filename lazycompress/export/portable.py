@@ -7,17 +7,17 @@ Each rule holds in the program's own graph and in the bodies of its branches:
 3. An operand of a body that stands in a list (as in `cat`) passes through an operation that leaves it as it is: OpenVINO reads
    another value there, and sees through a copy.
 4. A sum of several sizes is added up two by two.
-5. A body that runs without autocast, or without gradients, is no body: a model whose bodies are traced has neither.
+5. What is computed with autocast switched off, or gradients on or off, stands in a body of its own, and is taken out of it: in a
+   file there is neither.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
@@ -68,7 +68,7 @@ def constants_within(module: fx.GraphModule) -> fx.GraphModule:
         parts = [getattr(module, body.target) for body in bodies]
         inputs = [part.graph.find_nodes(op="placeholder") for part in parts]
         for position, operand in enumerate(operands):
-            value = fetch_attribute(module, operand.target) if operand.op == "get_attr" else None
+            value = operator.attrgetter(operand.target)(module) if operand.op == "get_attr" else None
             if not isinstance(value, Tensor):
                 kept.append(operand)
                 continue
@@ -80,11 +80,6 @@ def constants_within(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def fetch_attribute(module: nn.Module, target: str) -> object:
-    """What a node reads that gets an attribute, `a.b.c`."""
-    return functools.reduce(getattr, target.split("."), module)
 
 
 def _put_in_place_of(body: fx.GraphModule, operand: fx.Node, value: Tensor) -> None:
@@ -139,7 +134,7 @@ def _inline(module: fx.GraphModule) -> int:
         if place is None or (node.target is _AUTOCAST and node.args[2]):
             continue
         inside, *operands = node.args[place:]
-        body = fetch_attribute(module, inside.target)
+        body = operator.attrgetter(inside.target)(module)
         if not isinstance(body, fx.GraphModule) or body.graph.find_nodes(op="get_attr"):
             continue
         copies = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
+from .decompose import as_graph
 
 _aten = torch.ops.aten
 
@@ -254,20 +253,11 @@ def _replaced(module: fx.GraphModule, node: fx.Node, pairs: set[fx.Node]) -> Ite
         found = rule(*args, **kwargs) if rule is not None else _moved(operation, *args, **kwargs)
         return pytree.tree_map(lambda leaf: leaf.parts if isinstance(leaf, _Pair) else leaf, found)
 
-    values = [operand.meta["val"] for operand in operands]
-    fakes = [value for value in pytree.tree_leaves((values, node.meta["val"])) if isinstance(value, FakeTensor)]
-    with ExitStack() as stack:
-        for mode in [fake.fake_mode for fake in fakes[:1]]:
-            stack.enter_context(mode)
-        stack.enter_context(enable_python_dispatcher())
-        stack.enter_context(torch.no_grad())
-        try:
-            traced = make_fx(run)(*values)
-        except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            raise ExportError(
-                f"complex numbers at {node.target} cannot be told as pairs of real ones: {said}"
-            ) from error
+    try:
+        traced = as_graph(run, [operand.meta["val"] for operand in operands], node)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise ExportError(f"complex numbers at {node.target} cannot be told as pairs of real ones: {said}") from error
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     with module.graph.inserting_before(node):
         for number, inner in enumerate(n for n in traced.graph.nodes if n.op == "call_function"):

@@ -16,8 +16,20 @@ from lazycompress.export.decompose import decompose
 _library = torch.library.Library("lazycompress_tests", "DEF")  # type: ignore[no-untyped-call]
 _library.define("ramp(Tensor x) -> Tensor")
 _library.define("half(Tensor x) -> Tensor")
+_library.define("walk(Tensor x) -> Tensor")
 _library.impl("ramp", lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]), "CompositeImplicitAutograd")
 _library.impl("half", lambda x: x * torch.tensor(0.5), "CompositeImplicitAutograd")
+
+
+def _walk(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y + 1
+    y.add_(z)
+    y.mul_(3)
+    return y + z
+
+
+_library.impl("walk", _walk, "CompositeImplicitAutograd")
 _own: Any = torch.ops.lazycompress_tests
 
 
@@ -36,6 +48,8 @@ def writes(x: Tensor) -> Tensor:
 CASES: dict[str, Callable[[Tensor], Any]] = {
     "a norm": lambda x: torch.layer_norm(x, [4]),
     "a norm of squares": lambda x: nn.functional.rms_norm(x, [4]),
+    "a norm of squares with weights": lambda x: nn.functional.rms_norm(x, [4], x[0], 0.5),
+    "writing into its own": lambda x: _own.walk(x),
     "one operation in several ways": lambda x: x.softmax(0) + x.softmax(1) + x.repeat(1, 2).softmax(1)[:, :4],
     "several results": lambda x: torch.var_mean(x, dim=1),
     "parts": lambda x: [part * 2 for part in x.chunk(2, dim=1)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 ov = pytest.importorskip("openvino")
 
 from lazycompress.export.openvino import _decomposed  # noqa: E402
-from lazycompress.export.portable import fetch_attribute, make_portable  # noqa: E402
+from lazycompress.export.portable import make_portable, select_scatter  # noqa: E402
 
 
 class Nested(nn.Module):
@@ -61,7 +62,7 @@ def test_no_weight_is_an_operand(rewritten: fx.GraphModule) -> None:
     assert len(found) == 2
     for part, node in found:
         operands: Any = node.args[3]
-        values = [fetch_attribute(part, operand.target) for operand in operands if operand.op == "get_attr"]
+        values = [operator.attrgetter(operand.target)(part) for operand in operands if operand.op == "get_attr"]
         assert not [value for value in values if isinstance(value, Tensor)]
 
 
@@ -82,3 +83,11 @@ def test_every_branch_gives_what_it_gave(
     )
     got = torch.from_numpy(compiled([value.numpy() for value in values])[0])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_writing_at_one_place_without_an_assignment(dim: int, index: int) -> None:
+    value = torch.randn(2, 3, 4)
+    part = torch.randn(2, 3, 4).select(dim, 0)
+    torch.testing.assert_close(select_scatter(value, part, dim, index), value.select_scatter(part, dim, index))
