@@ -26,6 +26,7 @@ def _walk(x: Tensor) -> Tensor:
     z = y + 1
     y.add_(z)
     y.mul_(3)
+    y.copy_(y * z)
     return y + z
 
 
