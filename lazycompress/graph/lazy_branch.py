@@ -62,6 +62,9 @@ class LazyBranch(nn.Module):
         self.whole_batch = False
         #: The gate is static: what it decides does not hang on the sample, but for where images begin.
         self.scheduled = False
+        #: The branch is the whole network, next to which gathering its samples costs nothing: exported, it is in the graph once,
+        #: and not a second time for batches in which everyone computes.
+        self.once = False
         self.controller: Controller | None = None
 
     def forward(
@@ -153,6 +156,8 @@ class LazyBranch(nn.Module):
             return self._sized(cond(lazy.any(), reuse, compute, tensors), operands)
         # Outside of the bodies: a size that only the data knows may not be born inside and leave them.
         samples = computing(lazy)
+        if self.once:
+            return self._sized(cond((~lazy).any(), some, nobody, (lazy, samples, *tensors)), operands)
         # The operator itself, not `torch.cond`: the operands keep this order, and nothing is traced twice.
         return self._sized(cond(lazy.any(), not_everyone, everyone, (lazy, samples, *tensors)), operands)
 

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .insert import LazyGraph
-from .lower import is_gate, lower
+from .lower import is_gate, lazy_branches, lower
 
 _ops = torch.ops.lazycompress
 
@@ -67,7 +67,10 @@ def lower_whole(flat: LazyGraph) -> LazyGraph | None:
     state = [spec for spec, cache in zip(flat.state, is_cache, strict=True) if not cache]
     module = fx.GraphModule(flat.graph_module, graph)
     module.lazy_gates = flat.graph_module.lazy_gates  # the gates themselves, not their values: those may move
-    return lower(replace(flat, graph_module=module, state=state))
+    lowered = lower(replace(flat, graph_module=module, state=state))
+    for branch in lazy_branches(lowered):
+        branch.once = True
+    return lowered
 
 
 def _mark(graph: fx.Graph, leaf: fx.Node, position: int) -> fx.Node:

@@ -29,7 +29,7 @@ from lazycompress.export.openvino_runner import OpenVINORunner
 from lazycompress.integrations.digits.model import build_scheduler, digits_sampler, draw_noise
 from lazycompress.runtime import LazyModel, wrap
 from tests.conftest import make_lively_gates, two_blocks
-from tests.export_models import lively, small_dit, small_inputs, small_lazy
+from tests.export_models import alike, lively, small_dit, small_inputs, small_lazy
 
 BATCH = 4
 INPUTS = {
@@ -283,6 +283,14 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
         OpenVINORunner(tmp_path)
     with pytest.raises(LazyCompressError, match=r"holds no model\.onnx"):
         OnnxRunner(tmp_path)
+
+
+def test_whole_calls_hold_the_network_once(tmp_path: Path) -> None:
+    """In one body for whichever samples compute: a second one would double time to export, to load, and memory to run in."""
+    lazy = wrap(small_dit(), (), small_inputs(2, 980), alike(torch.arange(980, -1, -20).float()))
+    folder = lazycompress.export(lazy, tmp_path / "out", format="onnx")
+    attentions = str(onnx.load(folder / "model.onnx").graph).count('op_type: "Softmax"')
+    assert attentions == len(lazy.model.transformer_blocks) == 1
 
 
 def test_the_onnx_file_checks_and_runs_in_openvino_too(lazy: LazyModel, onnx_folder: Path) -> None:
