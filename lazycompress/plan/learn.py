@@ -26,6 +26,9 @@ HELD_OUT = 100_000
 #: plan steers an image far, an early call may matter less than they say, and a long gap between late ones more.
 BELIEVED = (1.0, 0.5, 0.0)
 
+#: An even plan is not tried that is priced at so many times the best one.
+HOPELESS = 2.0
+
 #: Plans that are tried on as many images again: among sixteen, one image may decide.
 FINALISTS = 3
 
@@ -99,7 +102,8 @@ def learn_plan(
         calibration: made before; left out, one is made.
         guards: that the plan keeps to.
         orders: forecasts to choose from, see `Plan.order`.
-        budget: calls to spend in all, in dense runs of the calibration's images. The even plans are always judged.
+        budget: calls to spend in all, in dense runs of the calibration's images. The even plans that may be the best of them are
+            always judged.
 
     Raises:
         InputError: see `calibrate` and `plan_for`.
@@ -126,7 +130,8 @@ def learn_plan(
     per_run = calls * len(reference.finals)
     spent += reference.calls
     judged: list[Judgement] = []
-    equal = [plan for plan in evens(calibration, target, orders) if _keeps(plan, calibration, guards)]
+    ends = guards or Guards()
+    equal = _promising(calibration, [plan for plan in evens(calibration, target, orders) if ends.keeps(plan)])
     final = per_run + sum(sorted((plan.share for plan in candidates), reverse=True)[:FINALISTS]) * per_run
     for plan in dict.fromkeys((*equal, *candidates)):
         if len(judged) > len(equal) and spent + plan.share * per_run + final > budget * per_run:
@@ -174,6 +179,12 @@ def _candidates(
     return found
 
 
+def _promising(calibration: Calibration, equal: list[Plan]) -> list[Plan]:
+    """Even plans that may be the best of them: runs of the others are better spent on a candidate."""
+    prices = [float(predict(calibration, plan).mean()) for plan in equal]
+    return [plan for plan, price in zip(equal, prices, strict=True) if price <= HOPELESS * min(prices)]
+
+
 def _refer(denoise: Denoise, sampler: Sampler, read: Read, seed: int, images: int) -> Reference:
     """Dense runs of this seed and those after it, of so many images at least."""
     found = refer(denoise, sampler, read=read, seeds=[seed])
@@ -215,9 +226,3 @@ def _scaled(calibration: Calibration, judged: Sequence[Judgement], sizes: Floats
     # Of an order that was not tried, nothing good is known.
     scale = [factor * found.get(order, max(found.values())) for order, factor in enumerate(calibration.scale)]
     return replace(calibration, scale=tuple(scale))
-
-
-def _keeps(plan: Plan, calibration: Calibration, guards: Guards | None) -> bool:
-    """Whether an even plan keeps to the guards for the ends of the loop."""
-    ends = guards or Guards()
-    return all(plan.computes[: ends.first]) and all(plan.computes[len(plan.computes) - ends.last :])

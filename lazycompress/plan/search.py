@@ -44,6 +44,10 @@ class Guards:
     last: int = 0
     max_reuse: int = 8
 
+    def keeps(self, plan: Plan) -> bool:
+        """Whether a plan computes the calls at the ends."""
+        return all(plan.computes[: self.first]) and all(plan.computes[len(plan.computes) - self.last :])
+
     def __post_init__(self) -> None:
         if self.first < 0 or self.last < 0 or self.max_reuse < 1:
             raise InputError(
@@ -86,7 +90,11 @@ def plan_for(
     there = moved(calibration, timesteps, streams, reach)
     guards = Guards(first, last, max_reuse)
     ridge = SEEN if there.timesteps == calibration.timesteps else UNSEEN
+    if there.timesteps != calibration.timesteps:
+        # What the last output again costs where calls are further apart is not priced well: too low.
+        orders = [order for order in orders if order != 0] or orders
     found = plans_for(there, target, orders=orders, guards=guards, count=len(orders), seed=seed)
+    found += [plan for plan in evens(there, target, orders) if guards.keeps(plan)]
     return min((fit(there, plan, ridge) for plan in found), key=lambda plan: float(predict(there, plan).mean()))
 
 

@@ -65,7 +65,7 @@ def test_no_other_weights_are_priced_lower(calibration: Calibration, seed: int) 
 
 def _cost(calibration: Calibration, plan: Plan) -> float:
     """What is minimised, written down afresh."""
-    pricing = Pricing.of(calibration).mean()
+    pricing = Pricing.of(calibration, windows=3).mean()
     made = np.zeros((len(plan.timesteps),) * 2)
     past: list[int] = []
     for call, computes in enumerate(plan.computes):
@@ -78,7 +78,7 @@ def _cost(calibration: Calibration, plan: Plan) -> float:
     off = made - np.eye(len(made))
     together = pricing.weighted @ off
     alone = pricing.reacted[:, None] * off
-    return float(0.8 * np.sum((together @ pricing.gram) * together) + 0.2 * np.sum((alone @ pricing.gram) * alone))
+    return float(0.95 * np.sum((together @ pricing.gram) * together) + 0.05 * np.sum((alone @ pricing.gram) * alone))
 
 
 def test_plans_for_any_steps_are_fitted(calibration: Calibration) -> None:

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lazycompress.errors import InputError
 from lazycompress.plan.calibration import Calibration
+from lazycompress.plan.fit import UNSEEN, fit
 from lazycompress.plan.forecasts import forecast
 from lazycompress.plan.frontier import frontier
 from lazycompress.plan.judge import judge
 from lazycompress.plan.learn import learn_plan
+from lazycompress.plan.move import moved
 from lazycompress.plan.plan import Plan
 from lazycompress.plan.price import Pricing, points_of
 from lazycompress.plan.record import Reading, calibrate
@@ -139,6 +141,28 @@ def test_plans_for_other_calls_are_not_judged(calibration: Calibration) -> None:
     shifted = Plan(tuple(t + 0.1 for t in calibration.timesteps), (True,) * 20)
     with pytest.raises(InputError, match=r"call 1 is at timestep 1\.1"):
         judge(Toy(), euler(), [shifted], read=read, seeds=[0])
+
+
+def test_other_calls_repeat_the_last_output_only_where_told_to(calibration: Calibration) -> None:
+    """What that costs where calls are far apart is priced too low."""
+    timesteps = np.linspace(1, 0, 9)[:-1].tolist()
+    cheap = replace(calibration, scale=(1e-6, 1.0, 1.0))
+    assert plan_for(cheap, 0.5).order == 0
+    assert plan_for(cheap, 0.5, timesteps).order != 0
+    assert plan_for(cheap, 0.5, timesteps, orders=(0,)).order == 0
+
+
+@given(target=st.floats(0.2, 0.9), steps=st.integers(2, 30), last=st.integers(0, 1))
+@settings(deadline=None, max_examples=15)
+def test_no_fitted_even_plan_is_priced_lower(calibration: Calibration, target: float, steps: int, last: int) -> None:
+    timesteps = np.linspace(1, 0, steps + 1)[:-1].tolist()
+    guards = Guards(last=last)
+    assume(computed_of(target, [0] * steps) > last)
+    plan = plan_for(calibration, target, timesteps, last=last)
+    there = moved(calibration, timesteps)
+    even = [fit(there, other, UNSEEN) for other in evens(there, target, (1, 2)) if guards.keeps(other)]
+    price = float(predict(there, plan).mean())
+    assert all(price <= float(predict(there, other).mean()) * (1 + 1e-9) for other in even)
 
 
 @pytest.fixture(scope="module")
