@@ -30,6 +30,7 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[executorch]'
 	$(PYTEST) $(if $(SLICE),--slice $(SLICE))
 
 lint: $(STAMP)

@@ -32,7 +32,11 @@ OWN = {
         "2": "lazycompress.plan.forecasts:PARABOLA",
     },
     "gates": {"linear": "lazycompress.gate"},
-    "runtimes": {"openvino": "lazycompress.export.openvino", "onnx": "lazycompress.export.onnx"},
+    "runtimes": {
+        "openvino": "lazycompress.export.openvino",
+        "onnx": "lazycompress.export.onnx",
+        "executorch": "lazycompress.export.executorch",
+    },
     "pruners": {
         "structured": "lazycompress.compose.prune:STRUCTURED",
         "magnitude": "lazycompress.compose.prune:MAGNITUDE",

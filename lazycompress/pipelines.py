@@ -249,7 +249,7 @@ def export(
     stateful: bool = True,
     overwrite: bool = False,
     weights: Weights = "f32",
-    decide: Granularity = "sample",
+    decide: Granularity | None = None,
     check: bool = True,
 ) -> Path:
     """Write a lazy model as a file, or a lazy pipeline as a folder, that skips by itself.
@@ -258,15 +258,15 @@ def export(
         lazy: a model with a plan or with gates, or the denoiser of a lazy pipeline, under any policy; the file always follows
             them. Or a lazy pipeline, whole.
         directory: where to; written whole or not at all.
-        format: "openvino" (caches as state), "onnx" (caches as inputs and outputs), or that of another package; None: the
-            recipe's, or that of the files that a pipeline runs in.
+        format: "openvino" (caches as state), "onnx" or "executorch" (caches as inputs and outputs), or that of another package;
+            None: the recipe's, or that of the files that a pipeline runs in.
         telemetry: add the output `lazy_decisions`, float32 [branches, batch]; None: the recipe's.
         stateful: of a model in OpenVINO only: caches as state; else as inputs `past_*` and outputs `present_*`.
         overwrite: replace a folder that an export wrote before.
         weights: of a model only: "f32", "f16" or "bf16", how float32 weights are stored; they compute as the runtime's
             precision says.
         decide: of a model only: "sample" (each sample of a batch decides for itself), or "batch" (a branch runs for all if any
-            needs it).
+            needs it); None: "sample", or "batch" where the format knows nothing else.
         check: of a model only: run the file on recorded calls and write how it compares with torch; `verify` needs the
             record. Loads the written model once.
 
@@ -285,7 +285,7 @@ def export(
             decide=decide, check=check,
         )  # fmt: skip
     _ = lazy_parts(lazy)
-    if (stateful, weights, decide, check) != (True, "f32", "sample", True):
+    if (stateful, weights, decide, check) != (True, "f32", None, True):
         raise ExportError(
             "stateful, weights, decide and check are for models: export the pipeline's denoiser with them"
         )

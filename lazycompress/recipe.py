@@ -230,7 +230,9 @@ class Prune(Section):
 class Export(Section):
     """What `lazycompress.export` writes unless told otherwise."""
 
-    format: FormatName = Field("openvino", description="file format: openvino, onnx, or the name of another package's")
+    format: FormatName = Field(
+        "openvino", description="format: openvino, onnx, executorch, or the name of another package's"
+    )
     telemetry: bool = Field(False, description="add an output with the decisions of each step")
 
 

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "--gates", type=Path, metavar="DIR", help="what 'lazycompress apply' wrote (default: learn them now)"
     )
     export.add_argument(
-        "--format", type=_format, help="openvino, onnx, or that of another package (default: the recipe's)"
+        "--format", type=_format, help="openvino, onnx, executorch, or that of another package (default: the recipe's)"
     )
     export.add_argument("--telemetry", action="store_true", help="add an output with the decisions of each step")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")

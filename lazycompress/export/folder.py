@@ -40,7 +40,7 @@ def export(
     stateful: bool = True,
     overwrite: bool = False,
     weights: Weights = "f32",
-    decide: Granularity = "sample",
+    decide: Granularity | None = None,
     check: bool = True,
 ) -> Path:
     """Write a lazy model, or the denoiser of a lazy pipeline, as a file: see `lazycompress.export`, whose arguments these are.
@@ -52,7 +52,9 @@ def export(
     format = format or (recipe.export.format if recipe is not None else "openvino")
     telemetry = telemetry if telemetry is not None else recipe is not None and recipe.export.telemetry
     runtime = runtime_of(format)
-    for name, value, known in (("weights", weights, Weights), ("decide", decide, Granularity)):
+    usual: Granularity = getattr(runtime, "DECIDES", "sample")
+    granularity = usual if decide is None else decide
+    for name, value, known in (("weights", weights, Weights), ("decide", granularity, Granularity)):
         if value not in get_args(known):
             raise ExportError(f"{name}: there is no {value!r}; use {' or '.join(map(repr, get_args(known)))}")
     place = check_place(directory, EXPORT, overwrite)
@@ -63,7 +65,7 @@ def export(
         def write(form: Form) -> dict[str, Any]:
             for path in folder.iterdir():  # what the form before left
                 path.unlink()
-            card = _write(graph, folder, format, telemetry, stateful and runtime.STATEFUL, weights, decide, form)
+            card = _write(graph, folder, format, telemetry, stateful and runtime.STATEFUL, weights, granularity, form)
             return card | ({"parity": parity(graph, card, folder, place, form.sizes)} if check else {})
 
         card = widest(graph, type(graph.model).__name__, write)

@@ -1,4 +1,4 @@
-"""Formats of files, and what runs them: the package's own, `openvino` and `onnx`, and those that other packages bring."""
+"""Formats of files, and what runs them: `openvino`, `onnx` and `executorch`, and those that other packages bring."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Runtime(Protocol):
     Attributes:
         STATEFUL: whether the file can keep caches by itself, from call to call; else they are inputs and outputs.
         ROUNDING: largest difference to torch that a file of float32 may have, as a share of the largest output.
+
+    A format that cannot gather samples has a further one, `DECIDES = "batch"`: what decides where an export does not say.
     """
 
     @property

@@ -31,7 +31,8 @@ _Result = TypeVar("_Result")
 class TracedModel:
     """A traced lazy model and the names of its inputs and outputs, in order.
 
-    Inputs: the model's, then the past state. Outputs: the model's, then the present state, then the decisions.
+    Inputs: the model's, then the past state. Outputs: the model's, then the present state, then the decisions. `one_size` holds
+    inputs of the batch size that the model was captured with, where the program takes no other sizes but of the batch.
     """
 
     program: ExportedProgram
@@ -40,6 +41,7 @@ class TracedModel:
     state: list[StateSpec]
     shapes: list[list[int]]
     examples: list[Tensor]
+    one_size: list[Tensor] | None = None
 
     @property
     def past(self) -> list[str]:
@@ -195,7 +197,7 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
     outputs = _output_names(program.captured.output_spec, lowered.outputs)
     return TracedModel(
         exported, names + [spec.name for spec in lowered.state], [*outputs, *present, DECISIONS], state, shapes,
-        [*examples, *past],
+        [*examples, *past], None if sizes else [*call.tensors, *(spec.fresh(call.batch, past[0].device) for spec in state)],
     )  # fmt: skip
 
 

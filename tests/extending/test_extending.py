@@ -306,12 +306,14 @@ def test_export_and_the_command_say_which_formats_there_are(
     short: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lazy = learned(short, {"train": {"enabled": False}})
-    with pytest.raises(ExportError, match="no export format 'tflite'; there are 'openvino', 'onnx', 'pt2'"):
+    with pytest.raises(
+        ExportError, match="no export format 'tflite'; there are 'openvino', 'onnx', 'executorch', 'pt2'"
+    ):
         lazycompress.export(lazy, tmp_path / "out", format="tflite")
     with pytest.raises(SystemExit) as caught:
         main(["export", "--model", "m", "--format", "tflite", "out"])
     assert caught.value.code == 2
-    assert "there are 'openvino', 'onnx', 'pt2'" in capsys.readouterr().err
+    assert "there are 'openvino', 'onnx', 'executorch', 'pt2'" in capsys.readouterr().err
 
 
 def test_one_that_does_not_load_is_one_line_that_names_it(single: nn.Module, install: Install, tmp_path: Path) -> None:

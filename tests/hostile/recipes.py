@@ -268,7 +268,7 @@ TRIES = [
     key("prune.heads", float("nan"), "finite"),
     key("prune.finetune_steps", -1, "greater than or equal to 0"),
     key("prune.learning_rate", 0, "greater than 0"),
-    key("export.format", "gguf", "no export format 'gguf'; there are 'openvino', 'onnx'"),
+    key("export.format", "gguf", "no export format 'gguf'; there are 'openvino', 'onnx', 'executorch'"),
     key("export.telemetry", 7, "valid boolean"),
     key("order", "quantize_train", "needs a quantize section"),
     # overrides
@@ -309,7 +309,7 @@ TRIES = [
     shell(
         "a format that is none",
         ["export", "--model", "m", "--format", "gguf", "out"],
-        "no export format 'gguf'; there are 'openvino', 'onnx'",
+        "no export format 'gguf'; there are 'openvino', 'onnx', 'executorch'",
     ),
     shell("a recipe that is not there", ["recipes", "nope"], "no recipe 'nope'"),
     shell("a recipe with a long name", ["recipes", "x" * 5000], "no recipe 'xxx"),
