@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, InputError, MissingExtraError
 from ..files import kind_of, path_of
+from ..gate import timestep_per_sample
 from ..report import Summary, Usage
 from .card import FileBranch, Output, Weights, fresh_state, need_sizes, read_card, tensors_of
 from .trace import TracedModel
@@ -188,7 +189,7 @@ class ExecuTorchRunner:
         self._past = results[named : named + len(self._state)]
         if self._telemetry:
             decisions = results[-1]
-            self.usage.add(tensors[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
+            self.usage.add(timestep_per_sample(tensors[self._timestep], tensors[self._latents]), decisions)
         return Output(zip(self._outputs, results, strict=False))
 
     def twin(self) -> ExecuTorchRunner:

@@ -10,6 +10,7 @@ from torch.utils import dlpack
 
 from ..errors import ExportError, MissingExtraError
 from ..files import kind_of, path_of
+from ..gate import timestep_per_sample
 from ..report import Summary, Usage
 from .card import FileBranch, Output, fresh_state, need_ports, need_sizes, read_card, tensors_of
 from .onnx import MODEL_FILE
@@ -96,7 +97,7 @@ class OnnxRunner:
         found = {name: dlpack.from_dlpack(value._ortvalue.to_dlpack()) for name, value in results.items()}
         decisions = found.pop(DECISIONS, None)
         if decisions is not None:
-            self.usage.add(inputs[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
+            self.usage.add(timestep_per_sample(inputs[self._timestep], inputs[self._latents]), decisions)
         return Output(found)
 
     def twin(self) -> OnnxRunner:

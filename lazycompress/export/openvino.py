@@ -29,7 +29,7 @@ from .card import Weights
 from .decompose import decompose
 from .exact import keep_exact
 from .finite import narrowed
-from .portable import add_sizes, constants_within, select_scatter, slice_scatter
+from .portable import add_sizes, attend_to_something, constants_within, select_scatter, slice_scatter
 from .trace import DECISIONS, TracedModel, is_weight
 
 try:
@@ -213,7 +213,7 @@ def _decomposed(program: ExportedProgram) -> fx.GraphModule:
     table[torch.ops.aten.slice_scatter.default] = slice_scatter
     table[torch.ops.aten.select_scatter.default] = select_scatter
     module: fx.GraphModule = decompose(program, table).module()
-    return constants_within(add_sizes(module))
+    return constants_within(attend_to_something(add_sizes(module)))
 
 
 @contextmanager
@@ -287,7 +287,7 @@ def _with_state(model: ov.Model, traced: TracedModel) -> ov.Model:
         if not (shape.compatible(known) and known.rank == shape.rank):
             known = shape
         if known.is_static:  # of a model that runs one batch size: its state is never another
-            initial = np.broadcast_to(initial, known.to_shape()).copy()
+            initial = np.full(known.to_shape(), initial.flat[0])
         variable.data_shape = known
         variable.data_type = parameter.get_element_type()
         variable.variable_id = past

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ExportError, MissingExtraError
 from ..files import kind_of, path_of
+from ..gate import timestep_per_sample
 from ..report import Summary, Usage
 from .card import FileBranch, Output, fresh_state, need_ports, need_sizes, read_card, tensors_of
 from .openvino import MODEL_FILE
@@ -95,7 +96,7 @@ class OpenVINORunner:
         found = {name: torch.from_numpy(results[name].copy()) for name in self._outputs}
         decisions = found.pop(DECISIONS, None)
         if decisions is not None:
-            self.usage.add(inputs[self._timestep].float().reshape(-1).expand(decisions.shape[1]), decisions)
+            self.usage.add(timestep_per_sample(inputs[self._timestep], inputs[self._latents]), decisions)
         return Output(found)
 
     def twin(self) -> OpenVINORunner:

@@ -57,6 +57,34 @@ def add_sizes(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def attend_to_something(module: fx.GraphModule) -> fx.GraphModule:
+    """Attention under masks of booleans that let some queries attend to nothing: zeros for these, as torch gives.
+
+    OpenVINO has NaN there, as for the padding of a prompt. Holds in the bodies of branches, too.
+    """
+    for part in [part for part in module.modules() if isinstance(part, fx.GraphModule)]:
+        for node in part.graph.find_nodes(op="call_function", target=_aten.scaled_dot_product_attention.default):
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+                continue
+            with part.graph.inserting_before(node):
+                something = _call(part.graph, _aten.any.dim, mask, -1, True)
+                nothing = _call(part.graph, _aten.logical_not.default, something)
+                wider = _call(part.graph, _aten.logical_or.default, mask, nothing)
+            with part.graph.inserting_after(node):
+                zeroed = _call(part.graph, _aten.masked_fill.Scalar, node, nothing, 0.0)
+            node.replace_all_uses_with(zeroed, delete_user_cb=lambda user, own=zeroed: user is not own)
+            node.replace_input_with(mask, wider)
+        part.recompile()
+    return module
+
+
+def _call(graph: fx.Graph, operation: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(operation, args)
+    node.meta["val"] = operation(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
+    return node
+
+
 def constants_within(module: fx.GraphModule) -> fx.GraphModule:
     """Weights that are operands of a `cond`, in the bodies that read them instead.
 
@@ -145,6 +173,11 @@ def _inline(module: fx.GraphModule) -> int:
             reader.replace_all_uses_with(results[position])
             module.graph.erase_node(reader)
         module.graph.erase_node(node)
+        if not inside.users:
+            # Converters look at every body that is there, whether or not anybody calls it.
+            module.graph.erase_node(inside)
+            if not any(other.target == inside.target for other in module.graph.find_nodes(op="get_attr")):
+                delattr(module, inside.target)
         changed += 1
     return changed
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lazycompress.plan.plan import Plan
+from lazycompress.plan.runs import Followed, play
 from lazycompress.runtime import LazyModel
-from lazycompress.train.trajectory import run as run_schedule
 
 Sample = Callable[[Any, Tensor, int], Tensor]
 STEPS = 50
@@ -176,23 +177,18 @@ def follow(lazy: LazyModel, sample: Sample, noise: Tensor, schedule: np.ndarray,
     return Run(run.images, run.ratio, float("nan"))
 
 
-def forecast_whole(lazy: LazyModel, sample: Sample, noise: Tensor, schedule: np.ndarray) -> Run:
-    """Images under a schedule of whole steps, with the forecast of the output that the gates have."""
-    found = run_schedule(lazy, lambda model: sample(model, noise, STEPS), torch.from_numpy(schedule))
-    return Run(found, share_of(lazy, schedule), float("nan"))
+def planned(sample: Sample, model: nn.Module, noise: Tensor, plan: Plan) -> Run:
+    """Images under a plan of whole calls."""
+    followed = Followed(model, plan)
+    steps = len(plan.timesteps)
+    return timed(
+        lambda m, x, n: play(lambda call: sample(call, x, n), m, followed, 0), model, noise, steps, lambda: plan.share
+    )
 
 
 def share_of(lazy: LazyModel, schedule: np.ndarray) -> float:
     macs = np.array([branch.macs for branch in lazy.branches], dtype=float)
     return float(1 - (schedule * macs).sum() / (macs.sum() * len(schedule)))
-
-
-def every(lazy: LazyModel, target: float) -> np.ndarray:
-    """All branches computed at every k-th step, and at the first three."""
-    schedule = np.ones((STEPS, len(lazy.branches)), dtype=bool)
-    schedule[:: interval_for(target)] = False
-    schedule[:3] = False
-    return schedule
 
 
 def smooth_cache(lazy: LazyModel, sample: Sample, noise: Tensor, target: float) -> np.ndarray:

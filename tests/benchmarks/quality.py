@@ -2,10 +2,11 @@
 
 `python -m tests.benchmarks.quality [--model dit flow] [--seeds 0 1 2] [--images 128] [--write docs/quality.md]`
 
-Same noise for all; 50 steps; two models: a DiT under DDIM, a rectified flow under Euler. `ours` is one training at half the
-MACs, moved to the other budgets with `set_target`; its cost is counted. `MACs` are those of the whole model over the
-whole loop, `branches` those of the branches alone: the budget is on the latter. Published packages have to be brought to the
-budget by bisection: they are run with the first seed, at half the MACs. Seconds are processor time, on one thread.
+Same noise for all; 50 steps; two models: a DiT under DDIM, a rectified flow under Euler. `ours` is what the shipped recipes
+learn by default, plans of whole calls, for each budget; `ours, branches` is one training of gates by branch at half the MACs, as
+version 0.1 did by default, moved to the other budgets with `set_target`; their cost is counted. `MACs` are those of the whole
+model over the whole loop. Published packages have to be brought to the budget by bisection: they, the paper's own training and
+repeated outputs are run with the first seed. Seconds are processor time, on one thread.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,18 +32,19 @@ from lazycompress.integrations.digits.data import all_digits
 from lazycompress.integrations.digits.flow import flow_sampler, load_flow
 from lazycompress.integrations.digits.metrics import features, frechet_distance, mse_per_image
 from lazycompress.integrations.digits.model import cycle_labels, digits_sampler, draw_noise, load_bundled
+from lazycompress.lazy.model import LazyModule
+from lazycompress.plan.learn import PlanReport
+from lazycompress.plan.plan import even
 from lazycompress.recipe_loading import load_recipe
 from lazycompress.report import render
 from lazycompress.runtime import LazyModel
 from lazycompress.sampling import Sampler, build_sampler
 from lazycompress.train.paper import set_threshold
-from lazycompress.train.trainer import PROBES
-from lazycompress.train.trajectory import linearise
 
 from . import methods
 from .methods import STEPS, NotAccepted, Run
 
-TARGETS = (0.7, 0.5, 0.35, 0.25)
+TARGETS = (0.7, 0.5, 0.34, 0.25)
 OTHER_STEPS = (20, 100)
 #: Where the published packages are compared too.
 FULL = 0.5
@@ -91,9 +93,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128, help="fresh images per seed")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="rows as JSON, for resuming and --write")
     parser.add_argument("--write", type=Path, help="write the table and the plot from all rows in --out, run nothing")
-    parser.add_argument(
-        "--cost", action="store_true", help="measure only the cost of training, again, for the rows in --out"
-    )
     options = parser.parse_args()
     if options.write:
         from .quality_report import write
@@ -102,10 +101,6 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if options.cost:
-        for name in options.model:
-            measure_cost(CASES[name], sorted(options.out.glob(f"{name}_*.json")))
-        return
     for name in options.model:
         for seed in options.seeds:
             path = options.out / f"{name}_{seed}.json"
@@ -134,8 +129,10 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
 
     dense = methods.timed(sample, model, noise, STEPS, one)
     base = frechet_distance(features(classifier, dense.images), real)
-    lazy, cost = train(case, model, {"train.seed": seed})
-    share = sum(branch.macs for branch in lazy.branches) / lazy.dense_macs
+    cost: dict[str, dict[str, float]] = {}
+    graph, cost["branches"] = train(case, model, {"units": "branches", "train.seed": seed})
+    share = sum(branch.macs for branch in graph.branches) / graph.dense_macs
+    timesteps = timesteps_of(case, STEPS)
 
     def add(
         method: str, target: float, make: Callable[[], Run], whole: bool = False, reference: Tensor | None = None
@@ -164,41 +161,54 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
             )
         )
 
-    def ours(lazy: LazyModel, steps: int = STEPS) -> Run:
+    def ours(lazy: LazyModel | LazyModule, steps: int = STEPS) -> Run:
         lazy.reset()
-        return methods.timed(sample, lazy, noise, steps, lambda: lazy.summary().macs_ratio)
+        with lazycompress.image(lazy, timesteps=timesteps_of(case, steps)):
+            return methods.timed(sample, lazy, noise, steps, lambda: lazy.summary().macs_ratio)
 
-    def fewer(share_of_macs: float, steps: int = STEPS) -> Run:
-        count = math.ceil(steps * share_of_macs - 1e-6)
+    def branches(lazy: LazyModel) -> Run:
+        lazy.reset()
+        return methods.timed(sample, lazy, noise, STEPS, lambda: lazy.summary().macs_ratio)
+
+    def fewer(share_of_calls: float, steps: int = STEPS) -> Run:
+        count = math.ceil(steps * share_of_calls - 1e-6)
         return methods.timed(sample, model, noise, count, lambda: count / steps)
 
-    # What forecasts are worth is seen on one seed.
-    repeat = train(case, model, {"forecast": 0})[0] if seed == 0 else None
-    paper, paper_cost = train(case, model, {**PAPER, "train.seed": seed})
+    def evenly(target: float, order: int, times: Sequence[float] = timesteps) -> Run:
+        return methods.planned(sample, model, noise, even(times, target, order))
+
+    # What forecasts are worth is seen on one seed, and what the paper's own training gives.
+    once = seed == 0
+    if once:
+        repeat, _ = train(case, model, {"units": "branches", "forecast": 0})
+        paper, cost["paper"] = train(case, model, {"units": "branches", **PAPER})
     calibration = draw_noise(64, 20_000 + seed)
     for target in TARGETS:
-        lazy.set_target(target)
-        add("ours", target, partial(ours, lazy))
-        add("fewer steps", target, partial(fewer, rows[-1].macs), whole=True)
-        if repeat is not None:
-            repeat.set_target(target)
-            add("ours, repeating", target, partial(ours, repeat))
-        set_threshold(paper, training_sampler(case), target, 77 + seed)
-        add("paper's training", target, partial(ours, paper))
-        smooth = methods.smooth_cache(lazy, sample, calibration, target)
-        add("SmoothCache-style", target, partial(methods.follow, lazy, sample, noise, smooth, 0))
-        uniform = methods.every(lazy, target)
+        lazy, spent = train(case, model, {"target": target, "train.seed": seed})
+        if target == FULL:
+            half, cost["ours"] = lazy, spent
+        add("ours", target, partial(ours, lazy), whole=True)
+        add("fewer steps", target, partial(fewer, target), whole=True)
         for order, word in ((0, "repeating"), (1, "first order"), (2, "second order")):
-            add(f"every k-th step, {word}", target, partial(methods.follow, lazy, sample, noise, uniform, order))
-        add("every k-th step, output forecast", target, partial(methods.forecast_whole, lazy, sample, noise, uniform))
-        if target != FULL or seed:
+            add(f"even calls, {word}", target, partial(evenly, target, order), whole=True)
+        graph.set_target(target)
+        add("ours, branches", target, partial(branches, graph))
+        smooth = methods.smooth_cache(graph, sample, calibration, target)
+        add("SmoothCache-style", target, partial(methods.follow, graph, sample, noise, smooth, 0))
+        if not once:
             continue
+        repeat.set_target(target)
+        add("ours, branches, repeating", target, partial(branches, repeat))
+        set_threshold(paper, training_sampler(case), target, 77 + seed)
+        add("paper's training", target, partial(branches, paper))
         for order in (1, 2):
             add(
                 f"diffusers TaylorSeer, order {order}",
                 target,
                 partial(methods.taylorseer, case.build, sample, noise, target, order, case.hooks),
             )
+        if target != FULL:
+            continue
         add(
             "diffusers first-block cache",
             target,
@@ -210,20 +220,18 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
                 target,
                 partial(methods.cache_dit_blocks, case.build, sample, noise, target, order),
             )
-    lazy.set_target(0.5)
     for steps in OTHER_STEPS:
         other = methods.timed(sample, model, noise, steps, one).images
-        lazy.set_target(0.5)
-        add(f"ours, {steps} steps, as trained", 0.5, partial(ours, lazy, steps), reference=other)
-        add(f"fewer than {steps} steps", 0.5, partial(fewer, rows[-1].macs, steps), whole=True, reference=other)
-        lazy.set_target(0.5, timesteps_of(case, steps))
-        add(f"ours, {steps} steps, moved to 0.5", 0.5, partial(ours, lazy, steps), reference=other)
-        add(f"fewer than {steps} steps, at 0.5", 0.5, partial(fewer, rows[-1].macs, steps), whole=True, reference=other)
+        moved = partial(add, target=FULL, whole=True, reference=other)
+        moved(f"ours at {steps} steps, learned at {STEPS}", make=partial(ours, half, steps))
+        moved(f"fewer than {steps} steps", make=partial(fewer, FULL, steps))
+        for order, word in ((1, "first order"), (2, "second order")):
+            moved(f"even calls at {steps} steps, {word}", make=partial(evenly, FULL, order, timesteps_of(case, steps)))
     return {
         "rows": [vars(row) for row in rows],
         "notes": notes,
         "dense": {"frechet": base, "seconds": dense.seconds},
-        "cost": {"ours": cost, "paper": paper_cost},
+        "cost": cost,
         "images": images,
     }
 
@@ -231,49 +239,13 @@ def compare(case: Case, seed: int, images: int) -> dict[str, Any]:
 PAPER = {"train.method": "paper", "forecast": 0, "guards.max_reuse": 1000}
 
 
-def train(case: Case, model: nn.Module, overrides: dict[str, Any]) -> tuple[LazyModel, dict[str, float]]:
-    """A trained model, and what training cost: seconds, and forward passes per step of every sampling run it made."""
+def train(case: Case, model: nn.Module, overrides: dict[str, Any]) -> tuple[Any, dict[str, float]]:
+    """A lazy model, and what learning cost: processor seconds, and calls of the model in dense runs of what is learned on."""
     started = time.process_time()
-    lazy = lazycompress.apply(model, case.recipe, overrides={"units": "branches", **overrides}, progress=False)
-    seconds = time.process_time() - started
+    lazy = lazycompress.apply(model, case.recipe, overrides=overrides, progress=False)
     report = lazy.training_report
-    by_time = per_step(case, model, lazy) if report.runs else float("nan")
-    return lazy, {"seconds": seconds, "forwards": report.forwards, "per_step": by_time}
-
-
-def per_step(case: Case, model: nn.Module, lazy: LazyModel) -> float:
-    """Seconds that a training run takes per step, in units of a dense forward pass of the same batch."""
-    sampler = training_sampler(case)
-    dense = partial(sampler, model)
-    training = partial(linearise, lazy, sampler, None, seed=0, probes=PROBES, max_age=lazy.recipe.guards.max_reuse)
-    with torch.no_grad():
-        base = least_seconds(dense)
-    return least_seconds(training) / base
-
-
-def least_seconds(work: Callable[[], object], times: int = 4) -> float:
-    """Processor time of a call, the least of several."""
-    seconds = []
-    for _ in range(times):
-        started = time.process_time()
-        _ = work()
-        seconds.append(time.process_time() - started)
-    return min(seconds)
-
-
-def measure_cost(case: Case, rows: list[Path]) -> None:
-    """What a step of a training run costs, measured apart: on a busy machine it comes out too high."""
-    model = case.build()
-    lazy = lazycompress.apply(
-        model, case.recipe, overrides={"units": "branches", "train.enabled": False}, progress=False
-    )
-    lazy.set_gates(lazy.gates.like(order=lazy.recipe.polynomial, static=1))
-    found = per_step(case, model, lazy)
-    print(f"{case.name}: a step of a training run takes {found:.2f} times as long as a dense forward pass", flush=True)
-    for path in rows:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        kept["cost"]["ours"]["per_step"] = found
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    calls = float(report.runs) if isinstance(report, PlanReport) else report.forwards / STEPS
+    return lazy, {"seconds": time.process_time() - started, "runs": calls}
 
 
 def training_sampler(case: Case) -> Sampler:
@@ -282,7 +254,7 @@ def training_sampler(case: Case) -> Sampler:
     return build_sampler(sampling)
 
 
-def timesteps_of(case: Case, steps: int) -> Tensor:
+def timesteps_of(case: Case, steps: int) -> list[float]:
     seen: list[Tensor] = []
 
     def denoiser(**inputs: Any) -> Any:
@@ -291,7 +263,7 @@ def timesteps_of(case: Case, steps: int) -> Tensor:
         return type("Output", (), {"sample": zeros})() if case.name == CASES["dit"].name else zeros
 
     _ = case.sampler(draw_noise(1), cycle_labels(1), steps)(denoiser)
-    return torch.cat(seen)
+    return [float(t) for t in torch.cat(seen)]
 
 
 def show(found: dict[str, Any]) -> None:

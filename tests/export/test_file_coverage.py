@@ -1,4 +1,4 @@
-"""Models whose operations no format has as they are, as files with a branch plan: complex numbers, writing, lists, experts."""
+"""Models whose operations no format has as they are, as files with branch plans: complex numbers, writing, experts, padding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST = 1e-4
         *(pytest.param(name, marks=pytest.mark.slow(seconds=25)) for name in ("qwenimage", "lumina2", "nucleusmoe")),
         *(
             pytest.param(name, marks=pytest.mark.slow(seconds=25))
-            for name in ("prx", "ernie_image", "cogview4", "flux")
+            for name in ("prx", "ernie_image", "cogview4", "flux", "chroma", "wan_i2v", "wan_ti2v", "zimage")
         ),
     ],
 )

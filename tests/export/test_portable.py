@@ -91,3 +91,27 @@ def test_writing_at_one_place_without_an_assignment(dim: int, index: int) -> Non
     value = torch.randn(2, 3, 4)
     part = torch.randn(2, 3, 4).select(dim, 0)
     torch.testing.assert_close(select_scatter(value, part, dim, index), value.select_scatter(part, dim, index))
+
+
+class Masked(nn.Module):
+    """Attention under a mask, within a branch and without one."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        attend = lambda x, mask: nn.functional.scaled_dot_product_attention(x, x, x, mask)  # noqa: E731
+        result: Tensor = torch.cond(x.sum() > 0, attend, lambda x, mask: x * 1, (x, mask))
+        return attend(result, mask)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_queries_that_attend_to_nothing_get_zeros(sign: int) -> None:
+    """As padding does, in a mask of booleans; OpenVINO alone gives NaN, which goes on to everything."""
+    x = sign * torch.rand(2, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 1]]).bool().expand(2, 1, 4, 4).contiguous()
+    program = torch.export.export(Masked(), (x, mask), strict=False)
+    expected = program.module()(x, mask)
+    assert not expected[:, :, 1].any()
+    make_portable(program)
+    converted = ov.convert_model(torch.export.export(_decomposed(program), (x, mask)))
+    compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled((x.numpy(), mask.numpy()))[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -81,7 +81,12 @@ def hunyuanvideo_sites(_model: nn.Module) -> list[Site]:
 
 
 def wan_i2v_inputs(batch: int, step: int) -> dict[str, Any]:
-    return {**wan_inputs(batch, step), "encoder_hidden_states_image": constant(batch, 5, 20, seed=4)}
+    # The last 512 tokens are text to the model, whatever there is.
+    prompt = {
+        "encoder_hidden_states": constant(batch, 512, 24),
+        "encoder_hidden_states_image": constant(batch, 5, 20, seed=4),
+    }
+    return {**wan_inputs(batch, step), **prompt}
 
 
 def wan_ti2v_inputs(batch: int, step: int) -> dict[str, Any]:
