@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from ..errors import InputError
 from .calibration import Calibration, Floats
@@ -26,6 +27,9 @@ ROUNDS = 1500
 
 #: A chain begins by accepting what is worse by this factor's logarithm about as often as not; it ends with a hundredth.
 HEAT = 0.5
+
+#: Seconds that a search takes without a bar: with some fifty calls it takes a few, with a thousand a minute.
+PATIENCE = 5.0
 
 #: Exchanges with a call this near are tried most.
 NEAR = 3
@@ -271,7 +275,8 @@ class _Search:
         limit = np.maximum(self._longest(start[None])[0], self._max_reuse)
         cost = self._log(plans)
         best, best_cost = plans.copy(), cost.copy()
-        for k in range(ROUNDS):
+        bar = tqdm(range(ROUNDS), f"planning {len(self._of_call)} calls", delay=PATIENCE, leave=False, unit="round")
+        for k in bar:
             tried = self._exchanged(plans)
             allowed = (self._longest(tried) <= limit).all(axis=1)
             new = self._log(tried)

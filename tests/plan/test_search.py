@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lazycompress.errors import InputError
+from lazycompress.plan import search
 from lazycompress.plan.calibration import Calibration
 from lazycompress.plan.fit import UNSEEN, fit
 from lazycompress.plan.forecasts import forecast
@@ -91,6 +92,16 @@ def test_interpolated_calibrations_price_like_their_own(calibration: Calibration
     own = calibrate(Toy(pull=1.0), euler(32, images=16), read=read, progress=False)
     for plan in evens(own, 0.4, (0, 1)):
         assert 0.4 < predict(calibration, plan).mean() / predict(own, plan).mean() < 2.5
+
+
+def test_a_long_search_says_how_far_it_is(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _ = plan_for(calibration, 0.5)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(search, "PATIENCE", 0.0)
+    _ = plan_for(calibration, 0.5)
+    assert "planning 20 calls" in capsys.readouterr().err
 
 
 def test_the_same_arguments_give_the_same_plan(calibration: Calibration) -> None:
