@@ -114,6 +114,7 @@ NEEDS = [
     ("import lazycompress.export.openvino_runner", "openvino", "openvino"),
     ("import lazycompress.export.onnx", "onnx", "onnx"),
     ("import lazycompress.export.onnx_runner", "onnxruntime", "onnx"),
+    ("import lazycompress.export.executorch", "executorch", "executorch"),
 ]
 
 

@@ -182,7 +182,8 @@ def _candidates(
 def _promising(calibration: Calibration, equal: list[Plan]) -> list[Plan]:
     """Even plans that may be the best of them: runs of the others are better spent on a candidate."""
     prices = [float(predict(calibration, plan).mean()) for plan in equal]
-    return [plan for plan, price in zip(equal, prices, strict=True) if price <= HOPELESS * min(prices)]
+    most = HOPELESS * min(prices, default=0.0)
+    return [plan for plan, price in zip(equal, prices, strict=True) if price <= most]
 
 
 def _refer(denoise: Denoise, sampler: Sampler, read: Read, seed: int, images: int) -> Reference:

@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.int8_plans [--targets 0.5 0.34] [--seeds 0 1 2] [--images 48]`
 
-The bundled pipeline in OpenVINO, its transformer with 8-bit weights and activations (NNCF, 256 calls of real sampling). A
+The bundled pipeline in OpenVINO, its transformer with 8-bit weights and activations (NNCF, with ranges from a real run). A
 forecast adds up several outputs, and so the noise of activations: by the square root of 5 where it goes along a line, of 19 along
 a parabola. Errors are those of pictures to the dense ones of the same 8-bit model, from noise and prompts that nothing was
 learned on.
@@ -34,9 +34,6 @@ from .page import PAGE_HELP, written
 
 STEPS = 28
 CALL = {"height": 32, "width": 32, "num_inference_steps": STEPS, "guidance_scale": 4.0, "max_sequence_length": 1}
-
-#: Calls of the transformer that ranges of activations are taken from.
-RANGES = 256
 
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -76,10 +73,9 @@ def quantized(source: Path, target: Path) -> None:
     pipe.transformer.request = recorded
     _ = generate(pipe, prompts().seen[7::300], steps=STEPS, seed=11)
     pipe.transformer.request = request
-    chosen = calls[:: max(1, len(calls) // RANGES)]
     pipe.transformer.model = nncf.quantize(
-        ov.Core().read_model(next((source / "transformer").glob("*.xml"))), nncf.Dataset(chosen),
-        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(chosen),
+        ov.Core().read_model(next((source / "transformer").glob("*.xml"))), nncf.Dataset(calls),
+        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calls),
     )  # fmt: skip
     pipe.save_pretrained(target)
 
