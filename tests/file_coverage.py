@@ -113,7 +113,7 @@ def measure(specimen: Specimen) -> Row:
                     notes += [f"{report.broken} is not finite"] if report.broken else []
                 except LazyCompressError as error:
                     notes = [short(str(error))]
-            notes += [short(line) for line in said.said if "lazycompress exports" in line]
+            notes += [short(line) for line in said.said]
             files.append(Exported(difference, time.process_time() - start, tuple(notes)))
     finally:
         logger.removeHandler(said)

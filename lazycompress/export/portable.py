@@ -7,7 +7,8 @@ Each rule holds in the program's own graph and in the bodies of its branches:
 3. An operand of a body that stands in a list (as in `cat`) passes through an operation that leaves it as it is: OpenVINO reads
    another value there, and sees through a copy.
 4. A sum of several sizes is added up two by two.
-5. What is computed with autocast switched off, or gradients on or off, stands in a body of its own, and is taken out of it: in a
+5. Filling in booleans is logic: ONNX Runtime has no choice between them.
+6. What is computed with autocast switched off, or gradients on or off, stands in a body of its own, and is taken out of it: in a
    file there is neither.
 """
 
@@ -39,7 +40,7 @@ def make_portable(program: ExportedProgram) -> int:
     bodies = [m for name, m in program.graph_module.named_modules() if name and isinstance(m, fx.GraphModule)]
     changed = 0
     for module in [program.graph_module, *bodies]:
-        here = _inline(module) + _fill(module) + _alias(module) + _add_sizes(module)
+        here = _inline(module) + _fill(module) + _alias(module) + _add_sizes(module) + _by_logic(module)
         if module is not program.graph_module:
             here += _copy_in_lists(module)
         if here:
@@ -155,7 +156,7 @@ def select_scatter(value: Tensor, part: Tensor, dim: int, index: int) -> Any:
 
 
 def _inline(module: fx.GraphModule) -> int:
-    """Rule 5."""
+    """Rule 6."""
     changed = 0
     for node in list(module.graph.nodes):
         place = _PLAIN_BODIES.get(node.target)
@@ -219,6 +220,25 @@ def _add_sizes(module: fx.GraphModule) -> int:
         node.replace_all_uses_with(first)
         module.graph.erase_node(node)
     return len(found)
+
+
+def _by_logic(module: fx.GraphModule) -> int:
+    """Rule 5."""
+    changed = 0
+    for node in module.graph.find_nodes(op="call_function", target=_aten.masked_fill.Scalar):
+        value, mask, filled = node.args
+        if value.meta["val"].dtype != torch.bool:
+            continue
+        with module.graph.inserting_before(node):
+            if filled:
+                result = _call(module.graph, _aten.logical_or.default, value, mask)
+            else:
+                kept = _call(module.graph, _aten.logical_not.default, mask)
+                result = _call(module.graph, _aten.logical_and.default, value, kept)
+        node.replace_all_uses_with(result)
+        module.graph.erase_node(node)
+        changed += 1
+    return changed
 
 
 def _copy_in_lists(module: fx.GraphModule) -> int:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ..errors import ExportError
@@ -85,16 +86,19 @@ class _Exportable(nn.Module):
 
 
 @contextmanager
-def granularity(lowered: LazyGraph, value: Granularity, sizes: bool = True) -> Iterator[None]:
-    """Within the block a lowered graph decides for each sample, or once for the whole batch; exported, for any size or not."""
-    branches = lazy_branches(lowered)
-    for branch in branches:
-        branch.whole_batch, branch.any_size = value == "batch", sizes
+def granularity(lowered: LazyGraph, value: Granularity, sizes: bool = True, gather: bool = True) -> Iterator[None]:
+    """Within the block a lowered graph decides for each sample, or once for the whole batch; exported, for any size or not.
+
+    Without `gather` a branch runs on the whole batch where some samples compute, and the others keep what they had.
+    """
+    before = [(branch, branch.gather) for branch in lazy_branches(lowered)]
+    for branch, gathers in before:
+        branch.whole_batch, branch.any_size, branch.gather = value == "batch", sizes, gathers and gather
     try:
         yield
     finally:
-        for branch in branches:
-            branch.whole_batch, branch.any_size = False, True
+        for branch, gathers in before:
+            branch.whole_batch, branch.any_size, branch.gather = False, True, gathers
 
 
 @dataclass(frozen=True)
@@ -177,15 +181,26 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
     ] + [[d for d, size in enumerate(spec.shape) if size < 0] for spec in state]
     dynamic = [dict.fromkeys(dims, Dim.AUTO) or None for dims in free]
     exportable = _Exportable(lowered, float(lazy.gates.threshold), one_batch)
-    try:
-        with torch.no_grad(), granularity(lowered, decide, sizes), warnings.catch_warnings():
+
+    def exported_with(gather: bool) -> ExportedProgram:
+        with torch.no_grad(), granularity(lowered, decide, sizes, gather), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                exportable, (*examples, *past), dynamic_shapes=(tuple(dynamic),), strict=False
+            return torch.export.export(exportable, (*examples, *past), dynamic_shapes=(tuple(dynamic),), strict=False)
+
+    try:
+        try:
+            exported = exported_with(gather=True)
+        except Exception as error:
+            if not _asks_how_many(error):
+                raise
+            exported = exported_with(gather=False)
+            _log.warning(
+                "%s computes all samples of a batch where some have to: %s",
+                type(lazy.model).__name__,
+                _first_line(error),
             )
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"torch.export does not take the lowered graph: {first[:300]}") from error
+        raise ExportError(f"torch.export does not take the lowered graph: {_first_line(error)}") from error
     make_portable(exported)
     to_real_pairs(exported)
     shapes = [
@@ -199,6 +214,19 @@ def trace(lazy: LazyModel, one_batch: bool = False, decide: Granularity = "sampl
         exported, names + [spec.name for spec in lowered.state], [*outputs, *present, DECISIONS], state, shapes,
         [*examples, *past], None if sizes else [*call.tensors, *(spec.fresh(call.batch, past[0].device) for spec in state)],
     )  # fmt: skip
+
+
+def _asks_how_many(error: BaseException | None) -> bool:
+    """Whether a model's own code makes a difference between numbers of samples, which nobody knows where they are gathered."""
+    while error is not None:
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def _output_names(spec: pytree.TreeSpec, count: int) -> list[str]:

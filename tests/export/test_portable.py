@@ -115,3 +115,20 @@ def test_queries_that_attend_to_nothing_get_zeros(sign: int) -> None:
     compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = torch.from_numpy(compiled((x.numpy(), mask.numpy()))[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+class Filled(nn.Module):
+    """Booleans that are filled in, with either of the two."""
+
+    def forward(self, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return value.masked_fill(mask, True), value.masked_fill(mask, False)
+
+
+def test_filling_in_booleans_is_logic() -> None:
+    """ONNX Runtime has no choice between booleans."""
+    value, mask = torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False])
+    program = torch.export.export(Filled(), (value, mask))
+    assert make_portable(program) == 2
+    assert not any("masked_fill" in str(node.target) for node in program.graph.nodes)
+    found = program.module()(value, mask)
+    assert [result.tolist() for result in found] == [[True, True, True, False], [False, False, True, False]]
