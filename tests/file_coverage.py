@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ COLUMNS = {
     "seconds": "of processor time, to export and check each of the two",
     "notes": "decisions that differ, what a file cannot do, or what stands in the way of it",
 }
+
+
+#: Folders of the machine that a message names.
+_PATH = re.compile(r"\S*/(?=[\w.-]+)")
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def measure(specimen: Specimen) -> Row:
                     notes = [f"{report.flipped} decisions differ"] if report.flipped else []
                     notes += [f"{report.broken} is not finite"] if report.broken else []
                 except LazyCompressError as error:
-                    notes = [short(str(error))]
+                    notes = [short(_PATH.sub("", str(error)))]
             notes += [short(line) for line in said.said]
             files.append(Exported(difference, time.process_time() - start, tuple(notes)))
     finally:
