@@ -117,7 +117,7 @@ def measure(specimen: Specimen) -> Row:
                     notes = [f"{report.flipped} decisions differ"] if report.flipped else []
                     notes += [f"{report.broken} is not finite"] if report.broken else []
                 except LazyCompressError as error:
-                    notes = [short(_PATH.sub("", str(error)))]
+                    notes = [short(_PATH.sub("", str(error)).replace("](", "] ("))]  # no links of Markdown
             notes += [short(line) for line in said.said]
             files.append(Exported(difference, time.process_time() - start, tuple(notes)))
     finally:
