@@ -54,6 +54,7 @@ bench-compose: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.compose_accuracy
 	$(BIN)/python -m tests.benchmarks.compose_size
 	$(BIN)/python -m tests.benchmarks.compose_time
+	$(BIN)/python -m tests.benchmarks.int8_plans
 
 bench-quality: $(STAMP)
 	$(BIN)/pip install --quiet --no-deps cache-dit

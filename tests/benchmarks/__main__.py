@@ -14,6 +14,7 @@ BENCHMARKS = (
     "compose_size",
     "compose_latency",
     "compose_accuracy",
+    "int8_plans",
     "quality",
     "emoji",
     "emoji_peers",
