@@ -133,6 +133,13 @@ class Train(Section):
     effort: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
         1.0, description="multiplies the sampling runs spent on training"
     )
+    images: int = Field(
+        16,
+        ge=1,
+        le=2**20,
+        description="images that a plan is learned from, at least (units: calls): time is in proportion, and few of them do for "
+        "large models",
+    )
     precision: Literal["", "bfloat16"] = Field(
         "", description="autocast of the runs that have gradients; empty: none. Images are judged without it"
     )

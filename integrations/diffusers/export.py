@@ -9,23 +9,18 @@ Two layouts, chosen by what can read them:
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from ...errors import ExportError, InputError, MissingExtraError
+from ...errors import ExportError, InputError
 from ...export.card import read_card
-from ...export.folder import describe, parity
 from ...export.folder import export as export_model
 from ...export.runtimes import runtime_of
-from ...export.trace import Form, trace, widest
 from ...files import kind_of, path_of, read_object, write_json
 from ...lazy.attach import Handle, PartHandle
 from ...lazy.convert import graph_of
@@ -36,6 +31,7 @@ from ...recipe_loading import load_recipe
 from ...wrap.folder import wrap
 from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
+from .optimum_layout import optimum_knows, write_as_optimum
 from .pipelines import apply_to_pipeline, lazy_denoisers
 
 _log = logging.getLogger(__name__)
@@ -52,9 +48,10 @@ def export_pipeline(
     telemetry: bool | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a lazy pipeline as a folder that skips by itself; images have the size that the gates were learned for.
+    """Write a lazy pipeline as a folder that skips by itself.
 
-    A pipeline of optimum-intel is written as it writes itself, but for its denoisers' files, which follow their plans.
+    It makes images of the sizes that its files take. A pipeline of optimum-intel is written as it writes itself, but for its
+    denoisers' files, which follow their plans.
 
     Args:
         pipeline: what `lazycompress.apply(pipe, recipe)` returned.
@@ -83,19 +80,18 @@ def export_pipeline(
     recipe = next(iter(found.values())).recipe or Recipe()
     format = format or recipe.export.format
     telemetry = recipe.export.telemetry if telemetry is None else telemetry
-    lazy = {name: _graph(part) for name, part in found.items()}
     with whole_folder(target, EXPORT, overwrite) as folder:
         disable(pipeline)
         try:
             if format == "openvino" and optimum_knows(type(pipeline).__name__):
                 loader = "optimum.intel.OVDiffusionPipeline"
-                _as_optimum(pipeline, lazy, folder, target, telemetry)
+                write_as_optimum(pipeline, found, folder, target, telemetry)
             else:
                 loader = "lazycompress.integrations.diffusers.load_exported"
-                _as_diffusers(pipeline, lazy, folder, format, telemetry)
+                _as_diffusers(pipeline, {name: _graph(part) for name, part in found.items()}, folder, format, telemetry)
         finally:
             enable(pipeline)
-        card = {"format": format, "pipeline": type(pipeline).__name__, "denoisers": list(lazy), "loader": loader}
+        card = {"format": format, "pipeline": type(pipeline).__name__, "denoisers": list(found), "loader": loader}
         seal(folder, EXPORT, card)
     return Path(directory)
 
@@ -193,18 +189,6 @@ def load_pipeline(folder: str | Path) -> Any:
         raise InputError(f"{folder}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
 
 
-def optimum_knows(pipeline_class: str) -> bool:
-    """Whether optimum-intel is installed and has an OpenVINO pipeline of that class."""
-    return _optimum_class(pipeline_class) is not None
-
-
-def _optimum_class(pipeline_class: str) -> Any:
-    try:
-        return getattr(importlib.import_module("optimum.intel"), f"OV{pipeline_class}", None)
-    except (ImportError, RuntimeError):
-        return None
-
-
 def _graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
     """The lazy graph that is written for a denoiser."""
     if isinstance(lazy, LazyDenoiser):
@@ -212,59 +196,6 @@ def _graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
     graph = graph_of(lazy, LazyDenoiser)
     graph.turns = lazy.turns
     return graph
-
-
-def _as_optimum(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, target: Path, telemetry: bool) -> None:
-    try:
-        import openvino as ov
-        from optimum.exporters.openvino import main_export
-    except ImportError as error:
-        raise MissingExtraError("optimum-intel", "optimum", "exporting a pipeline to OpenVINO") from error
-    from ...export import openvino as to_openvino
-
-    with tempfile.TemporaryDirectory() as saved, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipeline.save_pretrained(saved)
-        try:
-            main_export(
-                saved, output=folder, task=_optimum_class(type(pipeline).__name__).export_feature,
-                library_name="diffusers", convert_tokenizer=False,
-            )  # fmt: skip
-        except Exception as error:
-            lines = " ".join(str(error).split())
-            raise ExportError(f"optimum-intel does not export {type(pipeline).__name__}: {lines[:300]}") from error
-    core = ov.Core()
-    for name, model in lazy.items():
-        if model.turns > 1:
-            _log.warning(
-                "%s is called %d times a step with these arguments, and OVDiffusionPipeline keeps one state: such calls compute "
-                "everything; guidance in one batch, or none, skips",
-                name,
-                model.turns,
-            )
-        part = folder / name
-        path = part / to_openvino.MODEL_FILE
-        if not path.is_file():
-            raise ExportError(f"optimum-intel wrote no {path.name} for {name}; it wrote {_listed(folder)}")
-        dense = core.read_model(path)
-        for old in (path, path.with_suffix(".bin")):
-            old.unlink(missing_ok=True)
-        write = partial(_write_with_ports_of, dense, model, part, target / name, telemetry)
-        seal(part, EXPORT, widest(model, name, write))
-
-
-def _write_with_ports_of(
-    dense: Any, model: LazyDenoiser, part: Path, target: Path, telemetry: bool, form: Form
-) -> dict[str, Any]:
-    """Write a denoiser that is called as the OpenVINO model `dense` is; returns the card."""
-    from ...export import openvino as to_openvino
-
-    traced = trace(model, form=form)
-    converted = to_openvino.with_ports_of(to_openvino.convert(traced, telemetry=telemetry), dense)
-    to_openvino.write(converted, part)
-    card = describe(model, traced, "openvino", telemetry=telemetry, stateful=True)
-    card["outputs"] = [port.get_any_name() for port in dense.outputs]
-    return card | {"parity": parity(model, card, part, target, form.sizes)}
 
 
 def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, format: str, telemetry: bool) -> None:
@@ -280,10 +211,6 @@ def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path,
         (part / "config.json").write_text(config, encoding="utf-8")
         card = read_card(part)
         seal(part, EXPORT, {key: value for key, value in card.items() if key not in ("lazycompress", "files")})
-
-
-def _listed(folder: Path) -> str:
-    return ", ".join(sorted(path.parent.name for path in folder.glob("*/*.xml"))) or "nothing"
 
 
 __all__ = ["export_folder", "export_pipeline", "load_pipeline", "local_folder", "optimum_knows"]

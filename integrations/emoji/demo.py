@@ -30,7 +30,8 @@ from .figures import labelled_grid, reuse_heatmap
 from .metrics import psnr, recall_at
 from .model import WEIGHTS_DIR
 
-TARGET = 0.5
+#: Ten dense runs of learning in place of fifteen: the pictures are as close (50.1 dB and 49.9 dB).
+RECIPE = {"target": 0.5, "train": {"effort": 0.85}}
 GUIDANCE = 4.0
 SEED = 2026  # of the noise that pictures are drawn from; learning draws its own
 
@@ -108,7 +109,7 @@ def _run(folder: Path, images: int, steps: int) -> list[Row]:
     draw(dense, pipe)
     draw(fewer, pipe, steps // 2)
     started = time.perf_counter()
-    lazycompress.apply(pipe, {"target": TARGET}, call_kwargs=_call(steps, learn_on))
+    lazycompress.apply(pipe, RECIPE, call_kwargs=_call(steps, learn_on))
     lazy = handle_of(pipe.transformer)
     assert lazy is not None, "apply put it there"
     print(f"learned in {time.perf_counter() - started:.0f} s: {lazy.training_report}")

@@ -109,6 +109,7 @@ class WrappedCard(_Card):
     outputs: list[Name] = Field(min_length=1, max_length=1000)
     clock: Any
     versions: dict[str, str | None]
+    parity: Parity | None = None
 
 
 class FileCard(_Card):

@@ -227,14 +227,18 @@ def verify(directory: str | Path) -> Report:
         inner = ", ".join(str(path) for path in exports_in(folder))
         raise ExportError(f"{folder} is a pipeline, whose files are in folders of their own: verify {inner}")
     check_files(folder, card)
-    if "plan" in card:
+    path = folder / CHECK_FILE
+    parity = card.get("parity")
+    if "plan" in card and parity is None:
         raise ExportError(
             f"{folder} was wrapped, without recorded calls: lazycompress verify --dense FILE compares it with its dense file"
         )
-    path = folder / CHECK_FILE
-    parity = card.get("parity")
     if kind_of(path) != "file" or parity is None:
         raise ExportError(f"{folder} was exported without recorded calls ({CHECK_FILE}); export with check=True")
+    if "plan" in card:
+        from ..wrap.recorded import replay
+
+        return replay(folder, card, read_tensors(path))
     calls = recorded_calls(read_tensors(path), card, str(path))
     try:
         runner = start(folder, card)

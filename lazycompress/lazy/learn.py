@@ -100,7 +100,7 @@ def learn(watch: Watch, sampler: Sampler, recipe: Recipe, progress: bool) -> tup
     _check_times(times, streams, max(target, least) if recipe.goal else target)
     learn_at = partial(
         learn_plan, watch.inner, sampler, read=reading(watch.reader), orders=orders_of(recipe.forecast),
-        guards=Ends(guards.warmup_steps, guards.last_steps, guards.max_reuse), seed=train.seed,
+        guards=Ends(guards.warmup_steps, guards.last_steps, guards.max_reuse), images=train.images, seed=train.seed,
         progress=progress, budget=max(2.0, RUNS * train.effort), checkpoint=train.checkpoint or None,
     )  # fmt: skip
     if recipe.goal in ("psnr", "max_error"):

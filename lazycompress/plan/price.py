@@ -93,15 +93,14 @@ class Pricing:
         """How much of each prediction is in the final error, by window: float64 [M, windows, T]."""
         many, calls = computes.shape
         weighted = self.weighted
-        found = np.zeros((len(weighted), many * calls))
+        found = np.zeros(len(weighted) * many * calls)
+        rows = np.arange(len(weighted) * many).reshape(-1, many, 1) * calls
         for stream in np.unique(self.streams):
             own = np.flatnonzero(self.streams == stream)
             points, weights = points_of(computes[:, own], self.timesteps[own], order)
-            rows = np.arange(many)[:, None] * calls
             for point, weight in zip(points, weights, strict=True):
-                where = (rows + own[np.maximum(point, 0)]).ravel()
-                for r, phi in enumerate(weighted):
-                    found[r] += np.bincount(where, (weight * phi[own]).ravel(), many * calls)
+                where = rows + own[np.maximum(point, 0)]
+                found += np.bincount(where.ravel(), (weight * weighted[:, None, own]).ravel(), len(found))
         return np.asarray(found.reshape(-1, many, calls).swapaxes(0, 1) - weighted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ from .timetable import Timetable
 
 if TYPE_CHECKING:
     import openvino as ov
+
+#: Looks at a file that was wrapped, before its folder is sealed: its path, and what the card says; what that is to say, too.
+Check = Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 
 #: What a model that was handed over in memory is called, as optimum-intel does.
 _MODEL_FILE = "openvino_model.xml"
@@ -111,7 +114,7 @@ def wrap(
         with whole_folder(target, EXPORT, overwrite) as folder:
             _bring(source, folder, {path.relative_to(source) for path in found})
             for path in found:
-                _wrap_file(path, folder / path.relative_to(source), options)
+                wrap_file(path, folder / path.relative_to(source), options)
             if [path.parent for path in found] != [source]:
                 kind = "openvino" if found[0].suffix == ".xml" else "onnx"
                 names = [path.parent.relative_to(source).as_posix() for path in found]
@@ -123,15 +126,23 @@ def wrap(
     if source.suffix not in (".xml", ".onnx"):
         raise InputError(f"{source} is neither an OpenVINO IR (.xml) nor an ONNX model (.onnx)")
     with whole_folder(target, EXPORT, overwrite) as folder:
-        _wrap_file(source, folder / source.name, options)
+        wrap_file(source, folder / source.name, options)
     return target
 
 
-def _wrap_file(source: Path, target: Path, options: Options) -> None:
+def wrap_file(source: Path, target: Path, options: Options, check: Check | None = None) -> None:
+    """Wrap one file, and seal the folder that it is written to; see `wrap`.
+
+    Args:
+        source: the dense file.
+        target: the new one, in a folder that exists.
+        options: how.
+        check: see `Check`.
+    """
     if source.suffix == ".xml":
         from .openvino import read
 
-        _wrap_openvino(read(source), target, options)
+        _wrap_openvino(read(source), target, options, check)
         return
     from . import onnx as format
 
@@ -142,10 +153,10 @@ def _wrap_file(source: Path, target: Path, options: Options) -> None:
             raise InputError(f"the weights of {source} are in {name}, which is not there")
         _link(source.parent / name, target.parent / name)
     format.write(format.wrapped(model, controller, options.past_defaults), target)
-    seal(target.parent, EXPORT, _about("onnx", target, controller, options))
+    _seal(target, _about("onnx", target, controller, options), check)
 
 
-def _wrap_openvino(model: ov.Model, target: Path, options: Options) -> None:
+def _wrap_openvino(model: ov.Model, target: Path, options: Options, check: Check | None = None) -> None:
     from . import openvino as format
 
     if not options.past_defaults:
@@ -154,7 +165,11 @@ def _wrap_openvino(model: ov.Model, target: Path, options: Options) -> None:
         )
     controller = options.controller(*format.ports(model))
     format.write(format.wrapped(model, controller), target)
-    seal(target.parent, EXPORT, _about("openvino", target, controller, options))
+    _seal(target, _about("openvino", target, controller, options), check)
+
+
+def _seal(target: Path, card: dict[str, Any], check: Check | None) -> None:
+    seal(target.parent, EXPORT, card if check is None else card | dict(check(target, card)))
 
 
 def _denoisers(source: Path, options: Options) -> list[Path]:
@@ -240,4 +255,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["Options", "wrap"]
+__all__ = ["Check", "Options", "wrap", "wrap_file"]

@@ -173,7 +173,7 @@ def _compare(folder: Path, card: Mapping[str, Any], dense: Path, given: Arrays |
             expected, of_dense = _timed(plain, inputs, dense)
             outputs, of_lazy = _timed(lazy, inputs, folder)
             spent += of_dense, of_lazy
-            count = _computed(lazy, card["clock"])
+            count = computed_by(lazy, card["clock"])
             found.add(outputs, expected, count > before or not number, f"call {number} of image {image}")
             before = count
             inputs[latents] = _onward(inputs[latents], outputs[0])  # as a sampler goes on that has this file
@@ -251,7 +251,7 @@ def _read(path: Path) -> dict[str, _Array]:
     return found
 
 
-def _computed(session: Session, widths: Mapping[str, int]) -> float:
+def computed_by(session: Session, widths: Mapping[str, int]) -> float:
     """How many calls of the image of the last call a wrapped file computed."""
     clock = session.clock()[0]
     columns = dict(zip(widths, np.cumsum([0, *widths.values()])[:-1].tolist(), strict=True))
@@ -259,4 +259,4 @@ def _computed(session: Session, widths: Mapping[str, int]) -> float:
     return float(clock[used[clock[used, columns["age"]].argmin()], columns["computed"]]) if len(used) else 0.0
 
 
-__all__ = ["Comparison", "verify_wrapped"]
+__all__ = ["Comparison", "computed_by", "verify_wrapped"]

@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = (
     "locate_scaling",
     "overhead",
+    "learning_scale",
     "export_latency",
     "export_time",
     "compose_time",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("optimum.intel")
 
@@ -21,7 +22,8 @@ import openvino as ov
 import lazycompress
 from lazycompress import LazyCompressError
 from lazycompress.cli import main
-from lazycompress.export.check import verify
+from lazycompress.export.card import CARD_FILE
+from lazycompress.export.check import CHECK_FILE, verify
 from lazycompress.integrations.diffusers import export_folder, export_pipeline, optimum_knows, summary
 from tests.export_models import small_dit
 from tests.pipelines import PIPELINES
@@ -140,6 +142,94 @@ def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         main(["verify", str(tmp_path / "out")])
     assert "export again" in capsys.readouterr().err
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_calls_that_take_turns_skip_in_the_unmodified_pipeline(name: str, tmp_path: Path) -> None:
+    """The dense file is wrapped: sizes stay open, and each pass of guidance has a state."""
+    specimen = PIPELINES[name]
+    pipe = specimen.make()
+    dense = sample(pipe, specimen.call)
+    call = {**specimen.call, "num_inference_steps": STEPS}
+    lazycompress.apply(pipe, {"target": 0.6, "train": {"effort": 0.25}}, call_kwargs=call, progress=False)
+    out = export_pipeline(pipe, tmp_path / "out", "openvino")
+    report = verify(out / "transformer")
+    assert report.ok
+    assert report.flipped == 0
+    lazycompress.reset(pipe)
+    expected = [sample(pipe, specimen.call), sample(pipe, specimen.other)]
+    found, said = elsewhere(out, [specimen.call, specimen.other])
+    assert said["ours"] == []
+    for ours, theirs in zip(found, [*expected, expected[0]], strict=True):
+        assert np.abs(ours - theirs).max() < 1 / 255
+    assert np.abs(expected[0] - dense).max() > 4 / 255
+    model = ov.Core().read_model(out / "transformer" / "openvino_model.xml")
+    assert model.input("hidden_states").get_partial_shape()[0].is_dynamic
+
+
+@pytest.fixture(scope="module")
+def sd3() -> Any:
+    pipe = PIPELINES["sd3"].make()
+    call = {**PIPELINES["sd3"].call, "num_inference_steps": STEPS}
+    return lazycompress.apply(pipe, {"target": 0.6, "train": {"effort": 0.25}}, call_kwargs=call, progress=False)
+
+
+@pytest.mark.slow(seconds=40)
+def test_what_no_saved_pipeline_holds_is_in_the_file(
+    sd3: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """optimum-intel exports what `save_pretrained` wrote: a module that was changed in memory is written from its graph."""
+    plain = sd3.transformer.forward
+
+    def louder(*args: Any, **kwargs: Any) -> Any:
+        return (1.2 * plain(*args, **{**kwargs, "return_dict": False})[0],)
+
+    monkeypatch.setattr(sd3.transformer, "forward", louder)
+    out = export_pipeline(sd3, tmp_path / "out", "openvino")
+    assert "writes transformer from its graph: what optimum-intel writes is not what the module gives" in caplog.text
+    lazycompress.reset(sd3)
+    expected = sample(sd3, PIPELINES["sd3"].call)
+    found, _ = elsewhere(out, [PIPELINES["sd3"].call, PIPELINES["sd3"].other])
+    assert np.abs(found[0] - expected).max() < 1 / 255
+
+
+@pytest.mark.slow(seconds=40)
+def test_weights_of_large_parts_are_small_and_those_of_denoisers_exact(
+    sd3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lazycompress.integrations.diffusers.optimum_layout._LARGE", 1000)
+    out = export_pipeline(sd3, tmp_path / "out", "openvino")
+
+    def in_8_bits(part: str) -> bool:
+        return 'element_type="u8"' in (out / part / "openvino_model.xml").read_text(encoding="utf-8")
+
+    assert in_8_bits("text_encoder_3")
+    assert not in_8_bits("transformer")
+    found, _ = elsewhere(out, [PIPELINES["sd3"].call, PIPELINES["sd3"].other])
+    assert np.isfinite(found[0]).all()
+
+
+@pytest.mark.slow(seconds=40)
+def test_recorded_calls_of_a_wrapped_file_say_what_differs(sd3: Any, tmp_path: Path) -> None:
+    out = export_pipeline(sd3, tmp_path / "out", "openvino") / "transformer"
+    recorded = load_file(out / CHECK_FILE)
+    card = json.loads((out / CARD_FILE).read_text(encoding="utf-8"))
+    del card["files"]  # which would tell that the calls are others
+    (out / CARD_FILE).write_text(json.dumps(card), encoding="utf-8")
+
+    def verified(name: str, value: torch.Tensor) -> Any:
+        save_file({**recorded, name: value}, out / CHECK_FILE)
+        return verify(out)
+
+    assert verified("0.out.0", recorded["0.out.0"]).ok
+    assert not verified("0.out.0", 1.1 * recorded["0.out.0"]).ok
+    assert verified("1.computed", ~recorded["1.computed"]).flipped == 1
+    with pytest.raises(LazyCompressError, match="call 0 are missing, NaN or infinity"):
+        verified("0.out.0", recorded["0.out.0"] * torch.inf)
+    save_file({"0.out.0": recorded["0.out.0"]}, out / CHECK_FILE)
+    with pytest.raises(LazyCompressError, match="no call is recorded"):
+        verify(out)
 
 
 @pytest.mark.slow(seconds=15)

@@ -99,3 +99,14 @@ def test_what_cannot_be_is_one_line(recipe: dict[str, Any], says: str) -> None:
     with pytest.raises(RecipeError, match=says) as raised:
         lazycompress.apply(model, recipe, sampler=sampler, progress=False)
     assert "\n" not in str(raised.value)
+
+
+def test_learning_takes_time_in_proportion_to_its_images() -> None:
+    """The sampler makes eight at once: sixteen take two runs where eight take one."""
+    spent = []
+    for images in (8, 16):
+        recipe = {"target": 0.5, "train": {"effort": 0.4, "images": images}}
+        made: LazyModule = lazycompress.apply(Denoiser(), recipe, sampler=sampler, progress=False)
+        spent.append(made.training_report.calls)
+        assert made.training_report.runs <= 6
+    assert 1.5 < spent[1] / spent[0] <= 2.1

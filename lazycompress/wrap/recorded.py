@@ -1,0 +1,130 @@
+"""A wrapped file beside the torch module that its dense file was made of: calls are recorded, and replayed on any machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import ExportError, LazyCompressError
+from ..export.check import Report
+from ..lazy.attach import Handle
+from ..lazy.engine import Engine, run
+from .plans import of_all_passes
+from .ports import Port
+from .sessions import open_session
+from .verify import computed_by
+
+#: Calls that are recorded, from the beginning of an image on: with a usual plan some compute and others do not.
+CALLS = 6
+
+#: How far latents go from call to call, as a share of the output.
+_STEP = 0.05
+
+#: Largest difference to torch, as a share of the largest output: of a module in float32, and in half precision.
+_EXACT, _HALF = 1e-3, 5e-2
+
+
+@torch.no_grad()
+def record(lazy: Handle, card: Mapping[str, Any], ports: Sequence[Port]) -> dict[str, Tensor]:
+    """A few calls of the module as its plan has them: inputs where they change, outputs, and whether it computed.
+
+    Args:
+        lazy: the module; its images and statistics stay as they are.
+        card: of the wrapped file: names latents and timestep.
+        ports: inputs of the file.
+
+    Raises:
+        ExportError: the file takes other inputs than the module is called with.
+    """
+    args, kwargs = lazy.example or ((), {})
+    given = dict(zip(lazy.engine.reader.names, args, strict=False)) | dict(kwargs)
+    for port in ports:
+        value = given.get(port.name)
+        if not isinstance(value, Tensor) or value.dim() != len(port.shape) or not hasattr(torch, port.dtype):
+            raise ExportError(f"the file's input {port.name} is no tensor that the module is called with")
+    engine = Engine(lazy.engine.reader, of_all_passes(lazy.plan))
+    latents, timestep = card["latents"], card["timestep"]
+    found: dict[str, Tensor] = {}
+    for number, at in enumerate(engine.plan.timesteps[:CALLS]):
+        given[timestep] = torch.full_like(given[timestep], at)
+        output, computed = run(engine, lazy.inner, (), given, None)
+        for port in ports:
+            if not number or port.name in (latents, timestep):
+                found[f"{number}.in.{port.name}"] = given[port.name].to("cpu", getattr(torch, port.dtype), copy=True)
+        outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        for k, leaf in enumerate(outputs):
+            found[f"{number}.out.{k}"] = leaf.to("cpu", torch.float32, copy=True)
+        found[f"{number}.computed"] = torch.tensor(computed)
+        given[latents] = _onward(given[latents], outputs[0])
+    return found
+
+
+def replay(folder: Path, card: Mapping[str, Any], found: Mapping[str, Tensor]) -> Report:
+    """Call a wrapped file as the module was called.
+
+    Args:
+        folder: of the file.
+        card: of it.
+        found: what `record` gave.
+
+    Raises:
+        ExportError: nothing is recorded, it holds NaN or infinity, or the file does not run on it.
+    """
+    session, inputs = open_session(folder / card["model"]), dict[str, Any]()
+    difference = largest = before = 0.0
+    flipped, number, broken = 0, 0, ""
+    while f"{number}.computed" in found:
+        inputs |= {
+            name.removeprefix(f"{number}.in."): value.numpy()
+            for name, value in found.items()
+            if name.startswith(f"{number}.in.")
+        }
+        expected = [found[name] for name in sorted(found) if name.startswith(f"{number}.out.")]
+        if not expected or not all(bool(value.isfinite().all()) for value in expected):
+            raise ExportError(
+                f"{folder}: the outputs of recorded call {number} are missing, NaN or infinity: export again"
+            )
+        try:
+            outputs = [torch.from_numpy(value).double() for value in session(inputs)]
+        except LazyCompressError:
+            raise
+        except Exception as error:  # runtimes have error classes of their own
+            said = " ".join(str(error).split())[-300:]
+            raise ExportError(f"the file in {folder} does not run on recorded call {number}: {said}") from error
+        sizes, wanted = ([list(value.shape) for value in values] for values in (outputs, expected))
+        if sizes != wanted:
+            raise ExportError(f"the file in {folder} gives outputs of the sizes {sizes}, torch {wanted}")
+        for own, other in zip(outputs, expected, strict=True):
+            if not bool(own.isfinite().all()):
+                broken = broken or f"an output of recorded call {number}"
+                continue
+            difference = max(difference, float((own - other.double()).abs().max()))
+            largest = max(largest, float(other.abs().max()))
+        count = computed_by(session, card["clock"])
+        flipped += (count > before or not number) != bool(found[f"{number}.computed"])
+        before, number = count, number + 1
+    if not number:
+        raise ExportError(f"{folder}: no call is recorded: export again")
+    return Report(str(folder), difference, largest, card["parity"]["tolerance"], flipped, 0, broken)
+
+
+def tolerance_of(lazy: Handle) -> float:
+    """How far a file may be from the module, as a share of the largest output."""
+    kinds = {parameter.dtype for parameter in lazy.module.parameters() if parameter.is_floating_point()}
+    return _HALF if kinds & {torch.float16, torch.bfloat16} else _EXACT
+
+
+def _onward(latents: Tensor, output: Tensor) -> Tensor:
+    """Latents a step further; of an output of more channels the first ones count."""
+    if latents.dim() != output.dim() or any(a > b for a, b in zip(latents.shape, output.shape, strict=True)):
+        return latents
+    own = output[tuple(slice(size) for size in latents.shape)]
+    return latents - _STEP * own.to(latents.dtype)
+
+
+__all__ = ["record", "replay", "tolerance_of"]
