@@ -44,9 +44,7 @@ def record(lazy: Handle, card: Mapping[str, Any], ports: Sequence[Port]) -> dict
     args, kwargs = lazy.example or ((), {})
     given = dict(zip(lazy.engine.reader.names, args, strict=False)) | dict(kwargs)
     for port in ports:
-        value = given.get(port.name)
-        if not isinstance(value, Tensor) or value.dim() != len(port.shape) or not hasattr(torch, port.dtype):
-            raise ExportError(f"the file's input {port.name} is no tensor that the module is called with")
+        _ = _for(port, given.get(port.name))
     engine = Engine(lazy.engine.reader, of_all_passes(lazy.plan))
     latents, timestep = card["latents"], card["timestep"]
     found: dict[str, Tensor] = {}
@@ -55,7 +53,7 @@ def record(lazy: Handle, card: Mapping[str, Any], ports: Sequence[Port]) -> dict
         output, computed = run(engine, lazy.inner, (), given, None)
         for port in ports:
             if not number or port.name in (latents, timestep):
-                found[f"{number}.in.{port.name}"] = given[port.name].to("cpu", getattr(torch, port.dtype), copy=True)
+                found[f"{number}.in.{port.name}"] = _for(port, given[port.name])
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         for k, leaf in enumerate(outputs):
             found[f"{number}.out.{k}"] = leaf.to("cpu", torch.float32, copy=True)
@@ -117,6 +115,21 @@ def tolerance_of(lazy: Handle) -> float:
     """How far a file may be from the module, as a share of the largest output."""
     kinds = {parameter.dtype for parameter in lazy.module.parameters() if parameter.is_floating_point()}
     return _HALF if kinds & {torch.float16, torch.bfloat16} else _EXACT
+
+
+def _for(port: Port, value: Any) -> Tensor:
+    """An argument of the module as the file takes it: numbers as tensors, and what each sample has one of for each token, too.
+
+    Raises:
+        ExportError: it is no such argument.
+    """
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not isinstance(value, Tensor) and all(isinstance(number, bool | int | float) for number in numbers):
+        value = torch.tensor(value)
+    dtype = getattr(torch, port.dtype, None)
+    if not isinstance(value, Tensor) or value.dim() > len(port.shape) or dtype is None:
+        raise ExportError(f"the file's input {port.name} is nothing that the module is called with")
+    return value[(..., *[None] * (len(port.shape) - value.dim()))].to("cpu", dtype, copy=True)
 
 
 def _onward(latents: Tensor, output: Tensor) -> Tensor:

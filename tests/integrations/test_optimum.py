@@ -144,8 +144,8 @@ def test_the_command_line_writes_a_whole_pipeline(tmp_path: Path, capsys: pytest
     assert "export again" in capsys.readouterr().err
 
 
-@pytest.mark.slow(seconds=60)
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.slow(seconds=90)
+@pytest.mark.parametrize("name", ["sd3", "flux", "ltx"])
 def test_calls_that_take_turns_skip_in_the_unmodified_pipeline(name: str, tmp_path: Path) -> None:
     """The dense file is wrapped: sizes stay open, and each pass of guidance has a state."""
     specimen = PIPELINES[name]
