@@ -19,6 +19,7 @@ from typing import Any
 from ...errors import ExportError, LazyCompressError, MissingExtraError
 from ...export.check import CHECK_FILE
 from ...export.folder import describe, parity
+from ...export.replay import replay
 from ...export.trace import Form, trace, widest
 from ...files import write_tensors
 from ...lazy.attach import Handle
@@ -26,7 +27,7 @@ from ...lazy.convert import graph_of
 from ...places import EXPORT, seal
 from ...wrap.folder import Options, wrap_file
 from ...wrap.plans import of_all_passes
-from ...wrap.recorded import record, replay, tolerance_of
+from ...wrap.recorded import record, tolerance_of
 from .graph import LazyDenoiser
 
 _log = logging.getLogger(__name__)

@@ -236,7 +236,7 @@ def verify(directory: str | Path) -> Report:
     if kind_of(path) != "file" or parity is None:
         raise ExportError(f"{folder} was exported without recorded calls ({CHECK_FILE}); export with check=True")
     if "plan" in card:
-        from ..wrap.recorded import replay
+        from .replay import replay
 
         return replay(folder, card, read_tensors(path))
     calls = recorded_calls(read_tensors(path), card, str(path))

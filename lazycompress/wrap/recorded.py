@@ -1,23 +1,19 @@
-"""A wrapped file beside the torch module that its dense file was made of: calls are recorded, and replayed on any machine."""
+"""Calls of the torch module that a wrapped file's dense one was made of, recorded for `export.replay`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import ExportError, LazyCompressError
-from ..export.check import Report
+from ..errors import ExportError
 from ..lazy.attach import Handle
 from ..lazy.engine import Engine, run
 from .plans import of_all_passes
 from .ports import Port
-from .sessions import open_session
-from .verify import computed_by
 
 #: Calls that are recorded, from the beginning of an image on: with a usual plan some compute and others do not.
 CALLS = 6
@@ -49,7 +45,8 @@ def record(lazy: Handle, card: Mapping[str, Any], ports: Sequence[Port]) -> dict
     latents, timestep = card["latents"], card["timestep"]
     found: dict[str, Tensor] = {}
     for number, at in enumerate(engine.plan.timesteps[:CALLS]):
-        given[timestep] = torch.full_like(given[timestep], at)
+        now = given[timestep]
+        given[timestep] = torch.full_like(now, at) if isinstance(now, Tensor) else at
         output, computed = run(engine, lazy.inner, (), given, None)
         for port in ports:
             if not number or port.name in (latents, timestep):
@@ -60,55 +57,6 @@ def record(lazy: Handle, card: Mapping[str, Any], ports: Sequence[Port]) -> dict
         found[f"{number}.computed"] = torch.tensor(computed)
         given[latents] = _onward(given[latents], outputs[0])
     return found
-
-
-def replay(folder: Path, card: Mapping[str, Any], found: Mapping[str, Tensor]) -> Report:
-    """Call a wrapped file as the module was called.
-
-    Args:
-        folder: of the file.
-        card: of it.
-        found: what `record` gave.
-
-    Raises:
-        ExportError: nothing is recorded, it holds NaN or infinity, or the file does not run on it.
-    """
-    session, inputs = open_session(folder / card["model"]), dict[str, Any]()
-    difference = largest = before = 0.0
-    flipped, number, broken = 0, 0, ""
-    while f"{number}.computed" in found:
-        inputs |= {
-            name.removeprefix(f"{number}.in."): value.numpy()
-            for name, value in found.items()
-            if name.startswith(f"{number}.in.")
-        }
-        expected = [found[name] for name in sorted(found) if name.startswith(f"{number}.out.")]
-        if not expected or not all(bool(value.isfinite().all()) for value in expected):
-            raise ExportError(
-                f"{folder}: the outputs of recorded call {number} are missing, NaN or infinity: export again"
-            )
-        try:
-            outputs = [torch.from_numpy(value).double() for value in session(inputs)]
-        except LazyCompressError:
-            raise
-        except Exception as error:  # runtimes have error classes of their own
-            said = " ".join(str(error).split())[-300:]
-            raise ExportError(f"the file in {folder} does not run on recorded call {number}: {said}") from error
-        sizes, wanted = ([list(value.shape) for value in values] for values in (outputs, expected))
-        if sizes != wanted:
-            raise ExportError(f"the file in {folder} gives outputs of the sizes {sizes}, torch {wanted}")
-        for own, other in zip(outputs, expected, strict=True):
-            if not bool(own.isfinite().all()):
-                broken = broken or f"an output of recorded call {number}"
-                continue
-            difference = max(difference, float((own - other.double()).abs().max()))
-            largest = max(largest, float(other.abs().max()))
-        count = computed_by(session, card["clock"])
-        flipped += (count > before or not number) != bool(found[f"{number}.computed"])
-        before, number = count, number + 1
-    if not number:
-        raise ExportError(f"{folder}: no call is recorded: export again")
-    return Report(str(folder), difference, largest, card["parity"]["tolerance"], flipped, 0, broken)
 
 
 def tolerance_of(lazy: Handle) -> float:
@@ -140,4 +88,4 @@ def _onward(latents: Tensor, output: Tensor) -> Tensor:
     return latents - _STEP * own.to(latents.dtype)
 
 
-__all__ = ["record", "replay", "tolerance_of"]
+__all__ = ["record", "tolerance_of"]

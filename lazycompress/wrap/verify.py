@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from ..errors import ExportError, InputError
 from ..export.card import check_files, exports_in, read_card
+from ..export.sessions import Arrays, Session, computed_by, open_session
 from ..files import kind_of, path_of, read_tensors
 from .ports import Port
-from .sessions import Arrays, Session, open_session
 
 _Array = npt.NDArray[Any]
 
@@ -251,12 +251,4 @@ def _read(path: Path) -> dict[str, _Array]:
     return found
 
 
-def computed_by(session: Session, widths: Mapping[str, int]) -> float:
-    """How many calls of the image of the last call a wrapped file computed."""
-    clock = session.clock()[0]
-    columns = dict(zip(widths, np.cumsum([0, *widths.values()])[:-1].tolist(), strict=True))
-    used = np.flatnonzero(clock[:, columns["computed"]] > 0)
-    return float(clock[used[clock[used, columns["age"]].argmin()], columns["computed"]]) if len(used) else 0.0
-
-
-__all__ = ["Comparison", "computed_by", "verify_wrapped"]
+__all__ = ["Comparison", "verify_wrapped"]

@@ -34,11 +34,10 @@ class OpenVINOSession:
             import openvino as ov
         except ImportError as error:  # pragma: no cover - exercised by the packaging tests
             raise MissingExtraError("openvino", "openvino", "running an OpenVINO model") from error
-        from .openvino import read
 
         exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         try:
-            self._request = ov.Core().compile_model(read(path), "CPU", exact).create_infer_request()
+            self._request = ov.Core().compile_model(str(path), "CPU", exact).create_infer_request()
         except RuntimeError as error:
             raise InputError(f"{path} does not load: {' '.join(str(error).split())[-300:]}") from None
 
@@ -99,4 +98,17 @@ def _is_state(name: str) -> bool:
     return name in ("present_clock", "present_latents") or name.startswith("present_output_")
 
 
-__all__ = ["OnnxSession", "OpenVINOSession", "Session", "open_session"]
+def computed_by(session: Session, widths: Mapping[str, int]) -> float:
+    """How many calls of the image of the last call a wrapped file computed.
+
+    Args:
+        session: of the file.
+        widths: of the clock's columns, by name.
+    """
+    clock = session.clock()[0]
+    columns = dict(zip(widths, np.cumsum([0, *widths.values()])[:-1].tolist(), strict=True))
+    used = np.flatnonzero(clock[:, columns["computed"]] > 0)
+    return float(clock[used[clock[used, columns["age"]].argmin()], columns["computed"]]) if len(used) else 0.0
+
+
+__all__ = ["Arrays", "OnnxSession", "OpenVINOSession", "Session", "computed_by", "open_session"]
