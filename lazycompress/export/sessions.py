@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -35,9 +38,10 @@ class OpenVINOSession:
         except ImportError as error:  # pragma: no cover - exercised by the packaging tests
             raise MissingExtraError("openvino", "openvino", "running an OpenVINO model") from error
 
+        model = read(path)
         exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
         try:
-            self._request = ov.Core().compile_model(str(path), "CPU", exact).create_infer_request()
+            self._request = ov.Core().compile_model(model, "CPU", exact).create_infer_request()
         except RuntimeError as error:
             raise InputError(f"{path} does not load: {' '.join(str(error).split())[-300:]}") from None
 
@@ -81,6 +85,20 @@ class OnnxSession:
         return self._past["past_clock"]
 
 
+def read(path: Path) -> ov.Model:
+    """A model from its XML.
+
+    Raises:
+        InputError: OpenVINO cannot read it.
+    """
+    import openvino as ov
+
+    try:
+        return ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise InputError(f"OpenVINO cannot read {path}: {' '.join(str(error).split())[-300:]}") from None
+
+
 def open_session(path: Path) -> Session:
     """A file, loaded.
 
@@ -111,4 +129,4 @@ def computed_by(session: Session, widths: Mapping[str, int]) -> float:
     return float(clock[used[clock[used, columns["age"]].argmin()], columns["computed"]]) if len(used) else 0.0
 
 
-__all__ = ["Arrays", "OnnxSession", "OpenVINOSession", "Session", "computed_by", "open_session"]
+__all__ = ["Arrays", "OnnxSession", "OpenVINOSession", "Session", "computed_by", "open_session", "read"]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, InputError, MissingExtraError
+from ..export.sessions import read
 from ..graph.insert import is_timestep_name
 from .controller import Controller, State, sizes_or
 from .ports import Port
@@ -235,18 +236,6 @@ def write(model: ov.Model, path: Path) -> None:
         _keep_exact(path)
     except (RuntimeError, OSError) as error:
         raise ExportError(f"OpenVINO does not save the model: {' '.join(str(error).split())[-300:]}") from error
-
-
-def read(path: Path) -> ov.Model:
-    """A model from its XML.
-
-    Raises:
-        InputError: OpenVINO cannot read it.
-    """
-    try:
-        return ov.Core().read_model(path)
-    except RuntimeError as error:
-        raise InputError(f"OpenVINO cannot read {path}: {' '.join(str(error).split())[-300:]}") from None
 
 
 def _keep_exact(path: Path) -> None:
