@@ -22,8 +22,7 @@ from ...export.card import read_card
 from ...export.folder import export as export_model
 from ...export.runtimes import runtime_of
 from ...files import kind_of, path_of, read_object, write_json
-from ...lazy.attach import Handle, PartHandle
-from ...lazy.convert import graph_of
+from ...lazy.attach import PartHandle
 from ...pipelines import disable, enable
 from ...places import EXPORT, check_place, seal, whole_folder
 from ...recipe import Recipe
@@ -31,7 +30,7 @@ from ...recipe_loading import load_recipe
 from ...wrap.folder import wrap
 from .graph import LazyDenoiser
 from .loading import INDEX_FILE, check_index, load_denoiser, no_bars
-from .optimum_layout import optimum_knows, write_as_optimum
+from .optimum_layout import lazy_graph, optimum_knows, write_as_optimum
 from .pipelines import apply_to_pipeline, lazy_denoisers
 
 _log = logging.getLogger(__name__)
@@ -88,7 +87,9 @@ def export_pipeline(
                 write_as_optimum(pipeline, found, folder, target, telemetry)
             else:
                 loader = "lazycompress.integrations.diffusers.load_exported"
-                _as_diffusers(pipeline, {name: _graph(part) for name, part in found.items()}, folder, format, telemetry)
+                _as_diffusers(
+                    pipeline, {name: lazy_graph(part) for name, part in found.items()}, folder, format, telemetry
+                )
         finally:
             enable(pipeline)
         card = {"format": format, "pipeline": type(pipeline).__name__, "denoisers": list(found), "loader": loader}
@@ -187,15 +188,6 @@ def load_pipeline(folder: str | Path) -> Any:
             )
     except Exception as error:  # of many classes: whatever a part's own loader meets in its files
         raise InputError(f"{folder}: diffusers does not load it: {' '.join(str(error).split())[:300]}") from error
-
-
-def _graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
-    """The lazy graph that is written for a denoiser."""
-    if isinstance(lazy, LazyDenoiser):
-        return lazy
-    graph = graph_of(lazy, LazyDenoiser)
-    graph.turns = lazy.turns
-    return graph
 
 
 def _as_diffusers(pipeline: Any, lazy: Mapping[str, LazyDenoiser], folder: Path, format: str, telemetry: bool) -> None:

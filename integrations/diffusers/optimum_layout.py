@@ -131,6 +131,15 @@ def _wrapped(lazy: Handle, name: str, dense: Path, path: Path) -> bool:
     return True
 
 
+def lazy_graph(lazy: Handle | LazyDenoiser) -> LazyDenoiser:
+    """The lazy graph that is written for a denoiser."""
+    if isinstance(lazy, LazyDenoiser):
+        return lazy
+    graph = graph_of(lazy, LazyDenoiser)
+    graph.turns = lazy.turns
+    return graph
+
+
 def _from_graph(denoiser: Handle | LazyDenoiser, dense: Path, part: Path, target: Path, telemetry: bool) -> None:
     """Write the lazy graph of a denoiser in the place of its dense file."""
     import openvino as ov
@@ -143,7 +152,7 @@ def _from_graph(denoiser: Handle | LazyDenoiser, dense: Path, part: Path, target
             part.name,
             turns,
         )
-    graph = denoiser if isinstance(denoiser, LazyDenoiser) else graph_of(denoiser, LazyDenoiser)
+    graph = lazy_graph(denoiser)
     write = partial(_write_with_ports_of, ov.Core().read_model(dense), graph, part, target, telemetry)
     seal(part, EXPORT, widest(graph, part.name, write))
 
@@ -164,7 +173,6 @@ def _write_with_ports_of(
 
 def _compress_large(folder: Path, but: Mapping[str, Any]) -> None:
     """Store the weights of large parts, text encoders most often, in 8 bits."""
-    import nncf
     import openvino as ov
 
     core = ov.Core()
@@ -176,6 +184,12 @@ def _compress_large(folder: Path, but: Mapping[str, Any]) -> None:
         numbers = sum(math.prod(node.shape) for node in constants if node.get_element_type().is_real())
         if numbers < _LARGE:
             continue
+        try:
+            import nncf
+        except ImportError as error:
+            raise MissingExtraError(
+                "nncf", "optimum", f"storing the weights of {path.parent.name} in 8 bits"
+            ) from error
         with tempfile.TemporaryDirectory(dir=folder) as apart:
             smaller = Path(apart) / path.name
             ov.save_model(nncf.compress_weights(model), smaller, compress_to_fp16=False)
@@ -187,4 +201,4 @@ def _listed(folder: Path) -> str:
     return ", ".join(sorted(path.parent.name for path in folder.glob("*/*.xml"))) or "nothing"
 
 
-__all__ = ["optimum_knows", "write_as_optimum"]
+__all__ = ["lazy_graph", "optimum_knows", "write_as_optimum"]

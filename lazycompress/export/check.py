@@ -235,12 +235,13 @@ def verify(directory: str | Path) -> Report:
         )
     if kind_of(path) != "file" or parity is None:
         raise ExportError(f"{folder} was exported without recorded calls ({CHECK_FILE}); export with check=True")
-    if "plan" in card:
-        from .replay import replay
-
-        return replay(folder, card, read_tensors(path))
-    calls = recorded_calls(read_tensors(path), card, str(path))
+    found = read_tensors(path)
     try:
+        if "plan" in card:
+            from .replay import replay
+
+            return replay(folder, card, found)
+        calls = recorded_calls(found, card, str(path))
         runner = start(folder, card)
         return compare(folder, calls, runner, parity["tolerance"], parity["flipped"] or 0)
     except LazyCompressError:

@@ -166,8 +166,10 @@ def in_a_process(values: Mapping[str, Any], work: str) -> dict[str, float]:
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    words = ("parameters ", "seconds ", "peak ", "runs ")
-    return {name: float(number) for name, number in map(str.split, done.stdout.splitlines()) if f"{name} " in words}
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {
+        line[0]: float(line[1]) for line in lines if line[:1] and line[0] in ("parameters", "seconds", "peak", "runs")
+    }
 
 
 def counted(images: int) -> Table:

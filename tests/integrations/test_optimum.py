@@ -227,6 +227,8 @@ def test_recorded_calls_of_a_wrapped_file_say_what_differs(sd3: Any, tmp_path: P
     assert verified("1.computed", ~recorded["1.computed"]).flipped == 1
     with pytest.raises(LazyCompressError, match="call 0 are missing, NaN or infinity"):
         verified("0.out.0", recorded["0.out.0"] * torch.inf)
+    with pytest.raises(LazyCompressError, match="does not run"):  # NumPy has no such numbers
+        verified("1.in.timestep", recorded["1.in.timestep"].bfloat16())
     save_file({"0.out.0": recorded["0.out.0"]}, out / CHECK_FILE)
     with pytest.raises(LazyCompressError, match="no call is recorded"):
         verify(out)
